@@ -1,0 +1,149 @@
+"""The lines of a batch's files: requests read, answers written. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import orjson
+
+from asyncep_sgl.batches.records import MOST_REQUESTS
+
+# More than so many are not listed; the file has to be looked at anyhow.
+_MOST_PROBLEMS = 100
+_LONGEST_ID = 512
+_LINE_BREAKS = tuple((chr(code).encode(), f"\\u{code:04x}".encode()) for code in (0x85, 0x2028, 0x2029))
+
+
+@dataclass(frozen=True)
+class RequestLine:
+    """Where a request stands in its file.
+
+    Attributes:
+        number: line, counted from 1.
+        custom_id: the client's name of it.
+        offset, length: its bytes in the file.
+    """
+
+    number: int
+    custom_id: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a file is refused."""
+
+    code: str
+    message: str
+    line: int | None = None
+    param: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """In OpenAI's schema."""
+        return {"code": self.code, "message": self.message, "line": self.line, "param": self.param}
+
+
+def read_lines(lines: Iterable[bytes], endpoint: str) -> tuple[list[RequestLine], list[Problem]]:
+    """The requests of a file, and everything that is wrong with it. A file with a problem is not begun.
+
+    Args:
+        lines: with their line ends.
+        endpoint: what all of them have to be for.
+    """
+    requests: list[RequestLine] = []
+    problems: list[Problem] = []
+    first: dict[str, int] = {}
+    offset = 0
+    for number, line in enumerate(lines, start=1):
+        here, offset = offset, offset + len(line)
+        if not line.strip():
+            continue
+        found = _read_line(line, number, endpoint)
+        if isinstance(found, str):
+            if found in first:
+                found = Problem(
+                    "duplicate_custom_id",
+                    f"custom_id {found!r} is also that of line {first[found]}",
+                    number,
+                    "custom_id",
+                )
+            else:
+                first[found] = number
+                requests.append(RequestLine(number, found, here, len(line)))
+        if isinstance(found, Problem):
+            problems.append(found)
+            if len(problems) == _MOST_PROBLEMS:
+                break
+        if len(requests) > MOST_REQUESTS:
+            problems.append(
+                Problem("too_many_requests", f"more than {MOST_REQUESTS} requests; use several files", number)
+            )
+            break
+    if not requests and not problems:
+        problems.append(Problem("empty_file", "the file has no request; each line is one"))
+    return requests, problems
+
+
+def body_of(line: bytes) -> dict[str, Any]:
+    """The body of a line that `read_lines` has taken."""
+    body: dict[str, Any] = orjson.loads(line)["body"]
+    return body
+
+
+def _read_line(line: bytes, number: int, endpoint: str) -> str | Problem:
+    """The custom_id of a good line."""
+    try:
+        fields = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        return Problem("invalid_json_line", f"not JSON: {error}", number)
+    if not isinstance(fields, dict):
+        return Problem("invalid_json_line", f"a JSON object is needed, not {type(fields).__name__}", number)
+    name = fields.get("custom_id")
+    if not isinstance(name, str) or not name or len(name) > _LONGEST_ID:
+        message = f"custom_id: a string of 1 to {_LONGEST_ID} characters is needed"
+        return Problem("invalid_custom_id", message, number, "custom_id")
+    if fields.get("method", "POST") != "POST":
+        return Problem("invalid_method", f"method: POST is needed, not {fields['method']!r}", number, "method")
+    if fields.get("url") != endpoint:
+        message = f"url: {fields.get('url')!r} is not the batch's endpoint {endpoint}"
+        return Problem("mismatched_endpoint", message, number, "url")
+    body = fields.get("body")
+    if not isinstance(body, dict):
+        return Problem("missing_body", "body: a JSON object is needed", number, "body")
+    if body.get("stream"):
+        return Problem("stream_not_supported", "body.stream: answers go to a file; leave it out", number, "body.stream")
+    return name
+
+
+def answer_line(batch: str, number: int, custom_id: str, status: int, body: bytes) -> bytes:
+    """A line for a request that was answered, well or not.
+
+    Args:
+        body: the endpoint's answer, JSON.
+    """
+    response = {"status_code": status, "request_id": f"{batch}-{number}", "body": orjson.Fragment(body)}
+    return _line(batch, number, custom_id, response, None)
+
+
+def unanswered_line(batch: str, number: int, custom_id: str, why: Literal["expired", "cancelled"]) -> bytes:
+    """A line for a request that was not computed."""
+    message = {
+        "expired": "not executed before the completion window ended",
+        "cancelled": "not executed before the batch was cancelled",
+    }[why]
+    return _line(batch, number, custom_id, None, {"code": f"batch_{why}", "message": message})
+
+
+def _line(
+    batch: str, number: int, custom_id: str, response: dict[str, Any] | None, error: dict[str, str] | None
+) -> bytes:
+    # The same line each time it is written: a file that is put together twice is the same file.
+    record = {"id": f"batch_req_{batch}-{number}", "custom_id": custom_id, "response": response, "error": error}
+    line = orjson.dumps(record)
+    # Characters at which programs such as Python's splitlines break a text, though JSON does not ask for their escape.
+    for character, escape in _LINE_BREAKS:
+        line = line.replace(character, escape)
+    return line + b"\n"

@@ -1,0 +1,1 @@
+"""Experts: who owns which, where they lie, how they get there."""

@@ -1,0 +1,98 @@
+"""What a rank's gathers came to, batch by batch: sums for the report, a line a batch for those who ask."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from asyncep_sgl.experts.messages import GatherReport
+from asyncep_sgl.experts.pipeline import LayerTrace
+from asyncep_sgl.experts.window import WindowModel, peak_threshold
+
+logger = logging.getLogger("asyncep.gathers")
+
+# A measured gather moves t_EP by this share of the difference.
+_LEARN = 0.05
+
+
+@dataclass
+class GatherBook:
+    """The books of one rank. Pure but for the log.
+
+    Attributes:
+        rank: whose.
+        layers: decoder layers of the model; a batch's FLOPs are divided evenly over them.
+        gathered: layers that gather.
+        bytes_per_layer: what the largest gathers.
+        seconds: t_EP as measured at start-up, and followed since.
+        peak: FLOPs a second of a large matrix product on this rank.
+        margin: gamma.
+        log: write a JSON line for each batch.
+    """
+
+    rank: int
+    layers: int
+    gathered: int
+    bytes_per_layer: int
+    seconds: float
+    peak: float
+    margin: float
+    log: bool
+    window: WindowModel = field(default_factory=WindowModel)
+    batches: int = 0
+    exposed: float = 0.0
+    steps: float = 0.0
+
+    def batch(self, trace: Sequence[LayerTrace], flops: float, seconds: float, target: float) -> None:
+        """A batch of ``flops`` (all layers) took ``seconds``; it had been cut at ``target`` FLOPs."""
+        if not trace:
+            return
+        self.batches += 1
+        self.exposed += sum(entry.exposed for entry in trace)
+        self.steps += seconds
+        windows = [entry.window for entry in trace if entry.window is not None]
+        if windows and flops > 0:
+            self.window.add(flops / self.layers, sum(windows) / len(windows))
+        for entry in trace:
+            if entry.gather and (entry.gather.exact or entry.gather.seconds < self.seconds):
+                self.seconds += _LEARN * (entry.gather.seconds - self.seconds)
+        if self.log:
+            line = {
+                "event": "gather",
+                "rank": self.rank,
+                "flops": flops,
+                "target_flops": target,
+                "step_s": round(seconds, 6),
+                "exposed_s": [round(entry.exposed, 6) for entry in trace],
+                "window_s": [None if entry.window is None else round(entry.window, 6) for entry in trace],
+                "gather_s": [None if entry.gather is None else round(entry.gather.seconds, 6) for entry in trace],
+            }
+            logger.info("%s", json.dumps(line))
+
+    def report(self, digest_failures: int, peer_losses: int) -> GatherReport:
+        """For the launcher and whoever asks it."""
+        fixed, per_flop = self.window.line()
+        return GatherReport(
+            rank=self.rank,
+            layers=self.gathered,
+            bytes_per_layer=self.bytes_per_layer,
+            seconds=self.seconds,
+            gemm_flops_per_second=self.peak,
+            window_fixed=fixed,
+            window_per_flop=per_flop,
+            saturation_flops=self.window.saturation(self.seconds),
+            threshold_flops=self.threshold(),
+            peak_threshold_flops=peak_threshold(self.seconds, self.peak, self.margin),
+            batches=self.batches,
+            exposed_seconds=self.exposed,
+            step_seconds=self.steps,
+            digest_failures=digest_failures,
+            peer_losses=peer_losses,
+        )
+
+    def threshold(self) -> float:
+        """T, in FLOPs a layer: as measured, or after the paper until a batch has been measured."""
+        measured = self.window.saturation(self.seconds * self.margin)
+        return peak_threshold(self.seconds, self.peak, self.margin) if measured is None else measured

@@ -1,0 +1,69 @@
+"""The store's ear: a ZeroMQ socket in the launcher that carries requests to the registry and replies back."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+
+import msgspec
+import zmq
+
+from asyncep_sgl.experts.handles import HandleKeeper
+from asyncep_sgl.experts.messages import Refused, Reply, Request
+from asyncep_sgl.experts.registry import StoreRegistry
+from asyncep_sgl.experts.segment import OwnedSegment
+from asyncep_sgl.host import available_bytes
+
+logger = logging.getLogger(__name__)
+
+
+class StoreServer:
+    """Owner of the host's experts. The launcher's loop calls `serve_pending` whenever `descriptor` is readable."""
+
+    def __init__(self, ranks: int, limit: int | None = None, *, devices: bool = False) -> None:
+        """``devices``: keeps descriptors of device memory too."""
+        # An abstract address: the kernel forgets it with the socket, so no file can be left behind.
+        self.address = f"ipc://@asyncep-{secrets.token_hex(8)}"
+        self.registry: StoreRegistry[bytes] = StoreRegistry(ranks, OwnedSegment, available_bytes, limit)
+        self._context = zmq.Context()
+        self.socket = self._context.socket(zmq.ROUTER)
+        self.socket.bind(self.address)
+        self._decoder = msgspec.msgpack.Decoder(Request)
+        self._handles = HandleKeeper(self.address) if devices else None
+
+    @property
+    def descriptor(self) -> int:
+        """Becomes readable when there may be something to serve. Edge-triggered, as ZeroMQ's are: serve until empty."""
+        descriptor = self.socket.getsockopt(zmq.FD)
+        if not isinstance(descriptor, int):
+            raise TypeError(f"ZeroMQ gave {descriptor!r} for a descriptor")
+        return descriptor
+
+    def serve_pending(self) -> None:
+        """Answers everything that has arrived. A request that is not understood is refused, never fatal."""
+        while True:
+            try:
+                client, _, frame = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            except ValueError:
+                continue
+            try:
+                replies = self.registry.handle(client, self._decoder.decode(frame))
+            except msgspec.MsgspecError as error:
+                replies = [(client, Refused(f"the expert store does not understand: {error}"))]
+            for address, reply in replies:
+                self._send(address, reply)
+
+    def _send(self, address: bytes, reply: Reply) -> None:
+        if isinstance(reply, Refused):
+            logger.error("expert store: %s", reply.reason)
+        self.socket.send_multipart([address, b"", msgspec.msgpack.encode(reply)])
+
+    def close(self) -> None:
+        """Ends the conversation and gives the memory back."""
+        self.socket.close(linger=0)
+        self._context.term()
+        self.registry.close()
+        if self._handles is not None:
+            self._handles.close()

@@ -1,0 +1,1 @@
+"""How experts that lie elsewhere come into a slot: one file a way."""

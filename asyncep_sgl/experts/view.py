@@ -1,0 +1,41 @@
+"""A process's line to its host's exporter: who of the group is there."""
+
+from __future__ import annotations
+
+import zmq
+
+from asyncep_sgl.errors import GatherError
+from asyncep_sgl.experts.peers import HealthRequest, View, ViewRequest, decode, encode
+
+
+class ViewClient:
+    """Asks and waits. Not for use from several threads."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._context = zmq.Context()
+        self._socket = self._connect()
+
+    def view(self, *, descriptors: bool = True) -> View:
+        """The other hosts as the exporter sees them now. An exporter that is being restarted is waited for."""
+        while True:
+            self._socket.send(encode(ViewRequest() if descriptors else HealthRequest()))
+            if self._socket.poll(1000):
+                break
+            self._socket.close()
+            self._socket = self._connect()
+        answer = decode(self._socket.recv())
+        if not isinstance(answer, View):
+            raise GatherError(f"the exporter at {self._address} answered {type(answer).__name__}")
+        return answer
+
+    def close(self) -> None:
+        """Hangs up."""
+        self._socket.close()
+        self._context.term()
+
+    def _connect(self) -> zmq.Socket[bytes]:
+        line = self._context.socket(zmq.REQ)
+        line.linger = 0
+        line.connect(self._address)
+        return line

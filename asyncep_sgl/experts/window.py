@@ -1,0 +1,59 @@
+"""From which FLOPs on computing a layer takes longer than gathering one. Pure.
+
+The window of a layer is fitted as ``fixed + per_flop * FLOPs`` over the batches seen, old ones forgotten little by
+little. T after the paper is ``t_EP * F * gamma`` with F the device's peak; measured, it is where the fitted window
+reaches ``t_EP * gamma``: a device does not reach its peak, so the measured T is the lower of the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# A batch counts half as much after this many others.
+_HALF_LIFE = 200.0
+
+
+@dataclass
+class WindowModel:
+    """Least squares with forgetting over (FLOPs of a layer, seconds of its window)."""
+
+    _weight: float = 0.0
+    _x: float = 0.0
+    _y: float = 0.0
+    _xx: float = 0.0
+    _xy: float = 0.0
+
+    def add(self, flops: float, seconds: float) -> None:
+        """One batch: mean FLOPs and mean window of its layers."""
+        keep = 0.5 ** (1 / _HALF_LIFE)
+        # Scaled so that squares of FLOPs stay within a float's precision.
+        x = flops / 1e9
+        self._weight = self._weight * keep + 1
+        self._x = self._x * keep + x
+        self._y = self._y * keep + seconds
+        self._xx = self._xx * keep + x * x
+        self._xy = self._xy * keep + x * seconds
+
+    def line(self) -> tuple[float, float]:
+        """(fixed seconds, seconds a FLOP); through the origin while the batches are too alike to tell. (0, 0): none."""
+        if not self._weight or not self._xx:
+            return 0.0, 0.0
+        spread = self._xx * self._weight - self._x**2
+        if spread > 1e-6 * self._xx * self._weight:
+            slope = (self._xy * self._weight - self._x * self._y) / spread
+            fixed = (self._y - slope * self._x) / self._weight
+            if slope > 0 and fixed >= 0:
+                return fixed, slope / 1e9
+        return 0.0, self._xy / self._xx / 1e9
+
+    def saturation(self, seconds: float) -> float | None:
+        """FLOPs of a layer whose window lasts ``seconds``; None before any batch."""
+        fixed, per_flop = self.line()
+        if per_flop <= 0:
+            return None
+        return max(0.0, seconds - fixed) / per_flop
+
+
+def peak_threshold(seconds: float, flops_per_second: float, margin: float) -> float:
+    """T of a layer after the paper: ``t_EP * F * gamma``, in FLOPs."""
+    return seconds * flops_per_second * margin

@@ -1,0 +1,234 @@
+"""``asyncep serve``: checks, divides the host among the ranks, and runs the server under supervision."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
+from asyncep_sgl.command_line import ServeOptions, parse, sglang_arguments, uses_our_router
+from asyncep_sgl.config import AsyncEPConfig, GroupConfig, RouterConfig
+from asyncep_sgl.cuda_host import find_gpus, installed
+from asyncep_sgl.cuda_serving import CudaPlan, plan
+from asyncep_sgl.errors import AsyncEPError, UsageError
+from asyncep_sgl.experts.fingerprint import checkpoint_fingerprint
+from asyncep_sgl.experts.segment import OwnedSegment
+from asyncep_sgl.experts.server import StoreServer
+from asyncep_sgl.host import COMPUTING, available_bytes, divide_cpus
+from asyncep_sgl.kv_budget import kv_tokens, one_batch_tokens
+from asyncep_sgl.model_support import check_supported, read_config
+from asyncep_sgl.platform.detect import activate
+from asyncep_sgl.report import startup_report
+from asyncep_sgl.run_directory import run_directory
+from asyncep_sgl.supervisor import Supervisor
+
+logger = logging.getLogger("asyncep")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Returns:
+        Exit status: 0 after an ordered stop, 1 when the server died, 2 for a command line that cannot be served.
+    """
+    logging.basicConfig(format="asyncep: %(message)s", level=logging.INFO)
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+        return serve(options)
+    except AsyncEPError as error:
+        print(f"asyncep serve: {error}", file=sys.stderr)
+        return 2
+
+
+def serve(options: ServeOptions) -> int:
+    """Serves until stopped; returns the exit status.
+
+    Raises:
+        AsyncEPError: nothing was started, the message says why.
+    """
+    started = time.monotonic()
+    cpu = options.device == "cpu" or (options.device is None and activate() is not None)
+    if not cpu and options.device not in (None, "cuda"):
+        raise UsageError(f"--device {options.device}: served are cuda and cpu")
+    if cpu and options.transport != "auto":
+        raise UsageError(f"--asyncep-transport {options.transport}: for GPUs only; leave the flag out")
+    model_config = read_config(options.model, options.revision)
+    check_supported(model_config, device="cpu" if cpu else "cuda")
+    cuda = None if cpu else _plan_cuda(options, model_config)
+    _check_port(options.host, options.port)
+    check_batch_folder(options)
+
+    with run_directory() as directory:
+        return _serve_in(directory, options, model_config, started, cuda)
+
+
+def _plan_cuda(options: ServeOptions, model_config: dict[str, Any]) -> CudaPlan:
+    gpus = find_gpus()
+    if not gpus:
+        raise UsageError("--device cuda: no GPU is visible; use --device cpu")
+    found = plan(options, model_config, gpus, installed(gpus[0]))
+    logger.warning("serving on GPUs has not been run on one yet: please report what happens")
+    logger.info("%d x %s: %s", options.ranks, gpus[0].name, found.reason)
+    return found
+
+
+def _serve_in(
+    directory: Path, options: ServeOptions, model_config: dict[str, Any], started: float, cuda: CudaPlan | None
+) -> int:
+    store = StoreServer(options.ranks, options.store_limit, devices=cuda is not None and cuda.transport == "cuda")
+    load_board = OwnedSegment("loads", mmap.PAGESIZE)
+    cpus = divide_cpus(options.ranks)
+    router = None
+    if uses_our_router(options):
+        router = RouterConfig(
+            report_address=f"{store.address}-reports",
+            state_address=f"{store.address}-router",
+            threshold_tokens=options.threshold_tokens,
+            max_wait_seconds=options.max_wait_seconds,
+            log_decisions=options.log_decisions,
+        )
+    config = AsyncEPConfig(
+        ranks=options.ranks,
+        store_address=store.address,
+        launcher_pid=os.getpid(),
+        cpus=cpus if cuda is None else (),
+        load_board=load_board.path,
+        router=router,
+        group=_group(options, store.address) if cuda is None else cuda.group,
+        transport="host" if cuda is None else cuda.transport,
+        version=package_version("asyncep-sgl"),
+        log_gathers=options.log_gathers,
+        batch_folder=str(batch_folder(options)),
+        decode=options.decode,
+        kernels=options.kernels,
+        without=options.without,
+    )
+    environment = {**os.environ, **config.to_environment(), "TMPDIR": str(directory)}
+    tokens = None
+    if cuda is None:
+        environment |= _cpu_environment(cpus)
+        tokens = _cpu_kv_tokens(options, model_config)
+    else:
+        environment |= {"ASYNCEP_PLATFORM": "off", **cuda.environment}
+    command = [
+        sys.executable,
+        "-m",
+        "asyncep_sgl.server_process",
+        *sglang_arguments(options, cpu=cuda is None, max_total_tokens=tokens, extra=() if cuda is None else cuda.flags),
+    ]
+    exporter = [sys.executable, "-m", "asyncep_sgl.experts.exporter"] if options.nodes > 1 else None
+    if cuda is None:
+        logger.info("starting %d rank(s) of %s on %d CPU(s)", options.ranks, options.model, len(set().union(*cpus)))
+
+    def report() -> None:
+        registry = store.registry
+        print(
+            startup_report(
+                registry.status(),
+                model=options.model,
+                url=registry.url or "",
+                seconds=time.monotonic() - started,
+            ),
+            flush=True,
+        )
+
+    return Supervisor(
+        store, command, environment, options.grace_seconds, report, ranks_restart=router is not None, exporter=exporter
+    ).run()
+
+
+def _cpu_environment(cpus: Sequence[Sequence[int]]) -> dict[str, str]:
+    return {
+        "ASYNCEP_PLATFORM": "cpu",
+        **{name: os.environ.get(name, value) for name, value in COMPUTING.items()},
+        # Read when torch is imported, before a rank knows which it is; the rank itself then takes its exact share.
+        "OMP_NUM_THREADS": str(len(cpus[0])),
+        # Without it SGLang refuses more ranks than NUMA nodes.
+        "SGLANG_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, share)) for share in cpus),
+    }
+
+
+def _cpu_kv_tokens(options: ServeOptions, model_config: dict[str, Any]) -> int:
+    if options.kv_free:
+        return one_batch_tokens(model_config, options.passed)
+    dtype = options.dtype if options.dtype != "auto" else model_config.get("dtype") or model_config.get("torch_dtype")
+    return kv_tokens(
+        model_config,
+        ranks=options.ranks,
+        free_bytes=available_bytes(),
+        item_bytes=4 if dtype in ("float32", "float") else 2,
+    )
+
+
+def _group(options: ServeOptions, store_address: str) -> GroupConfig:
+    if options.nodes == 1:
+        return GroupConfig(
+            memory_limit=options.expert_memory,
+            resident_experts=options.resident_experts,
+            depth=options.gather_depth or 2,
+            margin=options.margin,
+            threshold_tokens=options.threshold_tokens,
+        )
+    return GroupConfig(
+        nodes=options.nodes,
+        node=options.node,
+        copies=options.copies,
+        resident_layers=options.resident_layers,
+        resident_experts=options.resident_experts,
+        depth=options.gather_depth or 2,
+        margin=options.margin,
+        verify=options.verify,
+        rendezvous=options.rendezvous,
+        model=checkpoint_fingerprint(options.model, options.revision, options.dtype),
+        threshold_tokens=options.threshold_tokens,
+        exporter_address=f"{store_address}-exporter",
+        patience_seconds=options.patience_seconds,
+    )
+
+
+def batch_folder(options: ServeOptions) -> Path:
+    """Where the Batch API keeps its state: as told, or by the port, so that a server started again finds it."""
+    if options.batch_folder is not None:
+        return Path(options.batch_folder).expanduser().absolute()
+    state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(state) / "asyncep" / "batches" / str(options.port)
+
+
+def check_batch_folder(options: ServeOptions) -> None:
+    """Makes the folder that was named, and sees that it can be written to.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if options.batch_folder is None:
+        return
+    folder = batch_folder(options)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--asyncep-batch-dir {folder}: {error.strerror}; give a folder to write to") from error
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"--asyncep-batch-dir {folder}: not writable; give a folder to write to")
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UsageError(
+                f"--host {host} --port {port}: {error.strerror}; if another server listens there choose another --port"
+            ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

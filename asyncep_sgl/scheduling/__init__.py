@@ -1,0 +1,1 @@
+"""Between the router's policy and SGLang's processes: dispatch, completion reports, restarts."""

@@ -1,0 +1,394 @@
+"""The router inside the engine: takes the place of SGLang's data-parallel controller, with the same messages.
+
+Upstream's controller sends each request on as it comes and polls without sleeping. This one keeps requests until the
+policy has a rank for them, hears from the ranks what became of them, starts a dead rank again, and sleeps otherwise.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import logging
+import math
+import os
+import threading
+import time
+from typing import Any
+
+import zmq
+from sglang.srt.managers.data_parallel_controller import DataParallelController
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    FlushCacheReqInput,
+    sock_recv,
+    sock_send,
+    unwrap_from_pickle,
+    wrap_as_pickle,
+)
+from sglang.srt.managers.utils import is_health_check_generate_req
+from sglang.srt.observability.req_time_stats import DPControllerReqTimeStats
+from sglang.srt.runtime_context import get_memory, get_model, get_schedule
+from sglang.srt.utils.network import get_zmq_socket
+
+from asyncep_router.config import Limits
+from asyncep_router.cost import ModelCost
+from asyncep_router.durations import Durations
+from asyncep_router.errors import DuplicateRequestError, UnknownRankError
+from asyncep_router.kv_events import decode_batch
+from asyncep_router.long_lived import settle
+from asyncep_router.messages import BatchReport, Dispatch, Request
+from asyncep_router.policy import Frontend
+from asyncep_router.radix import new_view
+from asyncep_sgl.config import AsyncEPConfig
+from asyncep_sgl.experts.client import StoreClient
+from asyncep_sgl.experts.messages import Done, Failed, Hello, Welcome
+from asyncep_sgl.model_support import read_config
+from asyncep_sgl.scheduling.restarts import RestartPolicy
+from asyncep_sgl.scheduling.wire import Finished, Threshold, decode
+
+logger = logging.getLogger(__name__)
+decisions = logging.getLogger("asyncep.decisions")
+
+# Requests taken from the tokenizer before the policy is asked: company that has already arrived is seen together.
+_GULP = 256
+# A request is not sent to another rank after this many had it when they died.
+_MOST_DEATHS = 3
+# Upstream's watchdog wants to be fed now and then even when nothing happens.
+_LONGEST_SLEEP_SECONDS = 5.0
+
+
+class _ProcessList(list[Any]):
+    """Upstream appends a rank's process in the thread that starts it; ranks start in parallel, so ask by thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._by_thread: dict[int, Any] = {}
+
+    def append(self, process: Any) -> None:
+        super().append(process)
+        self._by_thread[threading.get_ident()] = process
+
+    def started_here(self) -> Any:
+        """The process this thread started last."""
+        return self._by_thread.pop(threading.get_ident())
+
+
+class RouterController(DataParallelController):  # type: ignore[misc] # upstream is untyped
+    """SGLang's controller with the policy of `asyncep_router` in place of its own.
+
+    One thread owns the policy and the sockets. Ranks are started by threads of their own, which only post to it.
+    """
+
+    config: AsyncEPConfig
+
+    def __init__(self, server_args: Any, port_args: Any, *args: Any, **kwargs: Any) -> None:
+        config = AsyncEPConfig.from_environment()
+        if config is None or config.router is None:
+            raise RuntimeError("the router was installed without a configuration")
+        self.config = config
+        self._rank_port_args: dict[int, Any] = {}
+        self._processes: dict[int, Any] = {}
+        self._restarts = RestartPolicy()
+        self._deaths_with: collections.Counter[str] = collections.Counter()
+        self._restarted: collections.Counter[int] = collections.Counter()
+        self._decision_seconds = Durations()
+        self._submit_seconds = 0.0  # spent on requests that came since the last dispatch
+        # Threads that start ranks post here and wake the loop.
+        self._posts: collections.deque[tuple[str, int, str]] = collections.deque()
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        store = StoreClient(config.store_address)
+        store.ask(Hello("controller", os.getpid()), Welcome)
+        store.close()
+        super().__init__(server_args, port_args, *args, **kwargs)
+
+        self._to_tokenizer = get_zmq_socket(self.context, zmq.PUSH, port_args.tokenizer_ipc_name, False)
+        self._reports = self.context.socket(zmq.PULL)
+        self._reports.set_hwm(0)
+        self._reports.bind(config.router.report_address)
+        self._state = self.context.socket(zmq.REP)
+        self._state.linger = 0
+        self._state.bind(config.router.state_address)
+
+        cost = ModelCost.from_config(read_config(get_model().model_path, get_model().revision))
+        threshold = cost.flops(config.router.threshold_tokens)
+        limits = Limits(max_wait=config.router.max_wait_seconds, default_threshold=threshold)
+        # Twice what all ranks can hold: prefixes under way count as held before they are.
+        budget = 2 * self.launch_dp_size * self.max_total_num_tokens
+        self.frontend = Frontend(cost, new_view(budget, get_schedule().page_size or 1), limits)
+        for rank in range(self.launch_dp_size):
+            self._join(rank)
+        self._poller = zmq.Poller()
+        for readable in (self.recv_from_tokenizer, self._reports, self._state, self._wake_read):
+            self._poller.register(readable, zmq.POLLIN)
+        for rank, process in self._processes.items():
+            self._watch(rank, process)
+
+    # --- ranks --------------------------------------------------------------------------------------------------
+
+    def launch_tensor_parallel_group(self, server_args: Any, port_args: Any, base_gpu_id: int, dp_rank: int) -> None:
+        """Starts one rank and returns when it is ready (upstream's), keeping what is needed to start it again."""
+        self._rank_port_args[dp_rank] = (server_args, port_args, base_gpu_id)
+        super().launch_tensor_parallel_group(server_args, port_args, base_gpu_id, dp_rank)
+        self._processes[dp_rank] = self.scheduler_procs.started_here()
+
+    def launch_dp_schedulers(self, server_args: Any, port_args: Any) -> None:
+        """Starts all ranks in parallel (upstream's)."""
+        self.scheduler_procs = _ProcessList()
+        super().launch_dp_schedulers(server_args, port_args)
+
+    def _watch(self, rank: int, process: Any) -> None:
+        self._processes[rank] = process
+        self._poller.register(process.sentinel, zmq.POLLIN)
+
+    def _join(self, rank: int) -> None:
+        self.frontend.rank_joined(
+            rank, caches=not get_memory().disable_radix_cache, cache_tokens=self.max_total_num_tokens
+        )
+
+    def _rank_died(self, rank: int, now: float) -> None:
+        process = self._processes.pop(rank)
+        self._poller.unregister(process.sentinel)
+        process.join()
+        self.scheduler_procs.remove(process)
+        self.status[rank] = False
+        self._refresh_active_workers()
+        returned = self.frontend.rank_died(rank)
+        for request in returned:
+            self._refuse_if_deadly(request.rid)
+        logger.warning(
+            "rank %d ended with status %s; %d requests go elsewhere, the rank is started again",
+            rank,
+            process.exitcode,
+            len(returned),
+        )
+        if not self._restarts.died(rank, now):
+            self._give_up(f"rank {rank} died more than {self._restarts.most} times in {self._restarts.window:.0f} s")
+        threading.Thread(target=self._restart, args=(rank,), name=f"restart-rank-{rank}", daemon=True).start()
+
+    def _refuse_if_deadly(self, rid: str) -> None:
+        """A request that was on several ranks when they died may be why; the others should not die of it too."""
+        self._deaths_with[rid] += 1
+        if self._deaths_with[rid] < _MOST_DEATHS:
+            return
+        del self._deaths_with[rid]
+        self.frontend.abort(rid)
+        self._answer_aborted(rid, f"{_MOST_DEATHS} ranks ended while they had this request", 500)
+
+    def _restart(self, rank: int) -> None:
+        """Runs in a thread, for good: a rank ends with the thread that started it (its parent, to the kernel)."""
+        server_args, port_args, base_gpu_id = self._rank_port_args[rank]
+        try:
+            self.launch_tensor_parallel_group(server_args, port_args, base_gpu_id, rank)
+        except Exception as error:
+            self._post("failed", rank, f"{type(error).__name__}: {error}")
+            return
+        self._post("ready", rank, "")
+        threading.Event().wait()
+
+    def _post(self, what: str, rank: int, detail: str) -> None:
+        self._posts.append((what, rank, detail))
+        os.write(self._wake_write, b"x")
+
+    def _take_posts(self, now: float) -> None:
+        try:
+            os.read(self._wake_read, 4096)
+        except BlockingIOError:
+            return
+        while self._posts:
+            what, rank, detail = self._posts.popleft()
+            if what == "ready":
+                self._watch(rank, self._processes[rank])
+                self._restarted[rank] += 1
+                self.status[rank] = True
+                self._refresh_active_workers()
+                self._join(rank)
+                logger.warning("rank %d is back", rank)
+                continue
+            # It died while starting: its process is not watched yet.
+            logger.warning("rank %d could not be started again (%s)", rank, detail)
+            if not self._restarts.died(rank, now):
+                self._give_up(f"rank {rank} cannot be started again: {detail}")
+            threading.Thread(target=self._restart, args=(rank,), daemon=True).start()
+
+    def _give_up(self, reason: str) -> None:
+        """Ends the server with a reason; upstream turns the exception into the end of every process."""
+        line = StoreClient(self.config.store_address)
+        line.ask(Failed(-1, reason), Done, patience=1.0)
+        line.close()
+        raise RuntimeError(reason)
+
+    # --- requests -----------------------------------------------------------------------------------------------
+
+    def dispatching_with_trace(self, req: Any, refresh_load_budget: bool = True) -> None:
+        """A tokenized request has come: into the policy with it, or on its way if it only asks for a sign of life."""
+        del refresh_load_budget
+        if is_health_check_generate_req(req):
+            self._send_health_check(req)
+            return
+        request = Request(
+            rid=req.rid,
+            token_ids=req.input_ids,
+            arrival=time.monotonic(),
+            logits=_logit_positions(req),
+            priority=getattr(req, "priority", None) or 0,
+            pinned=getattr(req, "routed_dp_rank", None),
+            namespace=_namespace(req),
+            payload=req,
+        )
+        started = time.perf_counter()
+        try:
+            self.frontend.submit(request, request.arrival)
+        except (DuplicateRequestError, UnknownRankError) as error:
+            self._answer_aborted(req.rid, str(error), 400)
+        self._submit_seconds += time.perf_counter() - started
+
+    def _send_health_check(self, req: Any) -> None:
+        """To the rank with the least to do, so that the answer says something about the server, not its queue."""
+        alive = [rank for rank in range(self.launch_dp_size) if self._reachable(rank)]
+        if alive:
+            rank = min(alive, key=lambda r: self.frontend.ledger.account(r).outstanding)
+            sock_send(self.workers[rank], req)
+
+    def _reachable(self, rank: int) -> bool:
+        # A socket whose only peer is gone would block the whole router.
+        return bool(self.status[rank] and self.workers[rank].poll(0, zmq.POLLOUT))
+
+    def _send(self, dispatch: Dispatch) -> None:
+        if not self._reachable(dispatch.rank):
+            # It has died and its end has not been read yet; the next turn of the loop takes everything back.
+            self.frontend.send_back(dispatch.rid)
+            self.frontend.set_accepting(dispatch.rank, False)
+            return
+        req = dispatch.request.payload
+        stats = DPControllerReqTimeStats.new_from_obj(unwrap_from_pickle(req.time_stats))
+        stats.set_dp_dispatch_time()
+        req.time_stats = wrap_as_pickle(stats)
+        sock_send(self.workers[dispatch.rank], req)
+        req.time_stats = stats
+        stats.set_dp_dispatch_finish_time()
+        if self.config.router is not None and self.config.router.log_decisions:
+            decisions.info("%s", json.dumps(_decision(dispatch)))
+
+    def send_control_message(self, obj: Any) -> None:
+        """Everything that is no request goes to all ranks; what concerns waiting requests is also done here."""
+        if isinstance(obj, AbortReq):
+            withdrawn = self.frontend.abort(obj.rid, prefix=True, everything=obj.abort_all)
+            for request in withdrawn:
+                self._answer_aborted(request.rid, "Abort in waiting queue", None)
+            for rid in self.frontend.in_flight(obj.rid, everything=obj.abort_all):
+                # A rank drops it without a word, or finishes it all the same; neither is charged any longer.
+                self.frontend.abandon(rid)
+        elif isinstance(obj, FlushCacheReqInput):
+            for rank in range(self.launch_dp_size):
+                self.frontend.cache_cleared(rank)
+        for rank in self._active_workers:
+            if self._reachable(rank):
+                sock_send(self.workers[rank], obj)
+
+    def _answer_aborted(self, rid: str, message: str, status: int | None) -> None:
+        """Tells the tokenizer that a request has ended here, so that its client does not wait."""
+        reason: dict[str, Any] = {"type": "abort", "message": message}
+        if status is not None:
+            reason.update(status_code=status, err_type="BadRequestError")
+        sock_send(self._to_tokenizer, AbortReq(rid=rid, finished_reason=reason, abort_message=message))
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    def event_loop(self) -> None:
+        """Hears, decides, sends; sleeps when there is nothing of it."""
+        settle()
+        while True:
+            self.soft_watchdog.feed()
+            now = time.monotonic()
+            wakeup = self.frontend.next_wakeup(now)
+            sleep = _LONGEST_SLEEP_SECONDS if wakeup is None else min(_LONGEST_SLEEP_SECONDS, max(0.0, wakeup - now))
+            ready = dict(self._poller.poll(math.ceil(sleep * 1000)))
+            now = time.monotonic()
+            # Reports before deaths: what a rank finished before it died need not be computed again.
+            self._take_reports(now)
+            for rank, process in list(self._processes.items()):
+                if process.sentinel in ready:
+                    self._rank_died(rank, now)
+            if self._wake_read in ready:
+                self._take_posts(now)
+            self._take_requests()
+            for dispatch in self._decide():
+                self._send(dispatch)
+            if self._state in ready:
+                self._state.recv()
+                self._state.send(json.dumps(self.state()).encode())
+
+    def _decide(self) -> list[Dispatch]:
+        """What is to be sent now. A turn's decisions count as equally long: requests that came in it are filed, and
+        those that leave in it, whenever they came, are placed."""
+        started = time.perf_counter()
+        dispatches = self.frontend.poll(time.monotonic())
+        if dispatches:
+            seconds = self._submit_seconds + time.perf_counter() - started
+            self._decision_seconds.observe(seconds / len(dispatches), len(dispatches))
+            self._submit_seconds = 0.0
+        return dispatches
+
+    def _take_requests(self) -> None:
+        for _ in range(_GULP):
+            try:
+                received = sock_recv(self.recv_from_tokenizer, flags=zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._request_dispatcher(received)
+
+    def _take_reports(self, now: float) -> None:
+        while True:
+            try:
+                message = decode(self._reports.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+            if isinstance(message, Finished):
+                self.frontend.report(
+                    BatchReport(message.rank, message.rids, message.flops, message.seconds, message.cached), now
+                )
+                for rid in message.rids if self._deaths_with else ():
+                    self._deaths_with.pop(rid, None)
+            elif isinstance(message, Threshold):
+                # Below the default a batch is too small to compute well, however fast its gathers are.
+                floor = self.frontend.cost.threshold_per_layer(self.frontend.limits.default_threshold)
+                self.frontend.set_threshold(message.rank, max(message.layer_flops, floor))
+            else:
+                for event in decode_batch(message.payload).events:
+                    self.frontend.apply_event(message.rank, event)
+
+    def state(self) -> dict[str, Any]:
+        """What the policy knows, for ``GET /router/state``."""
+        found = self.frontend.snapshot()
+        found["alive"] = [bool(self.status[rank]) for rank in range(self.launch_dp_size)]
+        found["restarts"] = [self._restarted[rank] for rank in range(self.launch_dp_size)]
+        found["decision_seconds"] = self._decision_seconds.snapshot()
+        lowest = min(rank["threshold_flops"] for rank in found["ranks"].values())
+        found["threshold_flops_per_layer"] = self.frontend.cost.threshold_per_layer(lowest)
+        return found
+
+
+def _logit_positions(req: Any) -> int:
+    """Positions of the prompt whose logits are computed."""
+    start = getattr(req, "logprob_start_len", -1)
+    if not getattr(req, "return_logprob", False) or start is None or start < 0:
+        return 1
+    return max(1, len(req.input_ids) - start)
+
+
+def _namespace(req: Any) -> str | None:
+    """Prompts of different adapters or salts share no cache."""
+    parts = [str(part) for part in (getattr(req, "lora_id", None), getattr(req, "extra_key", None)) if part]
+    return "|".join(parts) or None
+
+
+def _decision(dispatch: Dispatch) -> dict[str, Any]:
+    return {
+        "rid": dispatch.rid,
+        "rank": dispatch.rank,
+        "reason": dispatch.reason.value,
+        "tokens": len(dispatch.request.token_ids),
+        "cached_tokens": dispatch.cached,
+        "flops": dispatch.flops,
+        "waited_s": round(dispatch.waited, 6),
+    }

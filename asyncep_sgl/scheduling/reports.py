@@ -1,0 +1,77 @@
+"""A rank's line to the router. SGLang's results go past the controller; this tells it what came of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import zmq
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+from sglang.srt.disaggregation.kv_events import EventBatch, EventPublisher
+
+from asyncep_router.cost import ModelCost
+from asyncep_sgl.scheduling.cache_events import joined
+from asyncep_sgl.scheduling.wire import CacheEvents, Finished, RankMessage, Threshold, encode
+
+
+class RankReporter:
+    """Sends reports and never waits: a rank must not stand still because the router does."""
+
+    def __init__(self, rank: int, address: str, cost: ModelCost) -> None:
+        self.rank = rank
+        self._cost = cost
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PUSH)
+        self._socket.linger = 0
+        self._socket.set_hwm(0)
+        self._socket.connect(address)
+
+    def batch_done(self, batch: Any, seconds: float) -> None:
+        """Reports SGLang's ``ScheduleBatch``, just processed, that took ``seconds``."""
+        passes = list(zip(batch.extend_lens or (), batch.prefix_lens or (), strict=True))
+        # Signs of life are asked past the router; it would not know them.
+        finished = [r for r in batch.reqs if r.finished() and not r.rid.startswith(HEALTH_CHECK_RID_PREFIX)]
+        self._send(
+            Finished(
+                rank=self.rank,
+                rids=tuple(request.rid for request in finished),
+                flops=float(self._cost.batch_flops(passes)),
+                seconds=seconds,
+                cached={request.rid: request.cached_tokens for request in finished},
+            )
+        )
+
+    def threshold(self, layer_flops: float) -> None:
+        """Tells the router this rank's T, in FLOPs per layer and batch."""
+        self._send(Threshold(self.rank, layer_flops))
+
+    def cache_changed(self, payload: bytes) -> None:
+        """Passes on one publication of cache events."""
+        self._send(CacheEvents(self.rank, payload))
+
+    def _send(self, message: RankMessage) -> None:
+        try:
+            self._socket.send(encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            # No router there. It will learn from its ranks' deaths or its own; there is nobody to tell.
+            return
+
+
+class RouterEventPublisher(EventPublisher):  # type: ignore[misc] # upstream is untyped
+    """SGLang's KV-cache events over the rank's own line, in order with its reports, instead of a TCP port a rank."""
+
+    reporter: RankReporter | None = None
+    join: bool = True  # pages of one prompt as one event: less to write, read and look up than one each
+
+    def __init__(self, **_: Any) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def publish(self, events: EventBatch) -> None:
+        """Sends one batch of events."""
+        if self.reporter is not None:
+            if self.join:
+                events.events = joined(events.events)
+            self.reporter.cache_changed(self._encoder.encode(events))
+
+    def shutdown(self) -> None:
+        """Nothing to do: the line ends with the rank."""

@@ -1,0 +1,52 @@
+"""What a rank tells the router beside its replies: batches done, cache changes. Frames, no sockets."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Finished(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """A batch is done.
+
+    Attributes:
+        rank: who computed it.
+        rids: its requests that are finished now (a prompt in chunks is reported with its last).
+        flops: by the cost model, from the tokens the batch really computed.
+        seconds: from the launch of the batch until its results were out.
+        cached: prompt tokens each request found in the rank's cache.
+    """
+
+    rank: int
+    rids: tuple[str, ...]
+    flops: float
+    seconds: float
+    cached: dict[str, int]
+
+
+class CacheEvents(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """``payload`` is one publication of SGLang's KV-cache events, as `asyncep_router.kv_events` decodes it."""
+
+    rank: int
+    payload: bytes
+
+
+class Threshold(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """``rank`` has measured its T anew: FLOPs per layer and batch from which its gathers are hidden."""
+
+    rank: int
+    layer_flops: float
+
+
+RankMessage = Finished | CacheEvents | Threshold
+_decoder = msgspec.msgpack.Decoder(RankMessage)
+
+
+def encode(message: RankMessage) -> bytes:
+    """One frame."""
+    return msgspec.msgpack.encode(message)
+
+
+def decode(frame: bytes) -> RankMessage:
+    """The message of a frame. Raises `msgspec.DecodeError`."""
+    message: RankMessage = _decoder.decode(frame)
+    return message

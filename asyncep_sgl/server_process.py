@@ -1,0 +1,170 @@
+"""The front process: SGLang's HTTP server with our plug-in, in its stock order of steps. Started by the launcher."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import starlette.requests
+from starlette.responses import Response
+from starlette.routing import Route
+
+from asyncep_router.long_lived import settle
+from asyncep_sgl.batches.api import BatchApi, BatchLife
+from asyncep_sgl.calibration import calibrate
+from asyncep_sgl.command_line import refused_flag
+from asyncep_sgl.config import AsyncEPConfig
+from asyncep_sgl.drain import Drain
+from asyncep_sgl.experts.client import StoreClient
+from asyncep_sgl.experts.messages import Done, Hello, Request, Serving, Status, StatusRequest, Welcome
+from asyncep_sgl.experts.view import ViewClient
+from asyncep_sgl.group_gate import GroupGate, GroupHealth, watch
+from asyncep_sgl.model_support import read_config
+from asyncep_sgl.router_state import router_state
+
+# Requests of batches under way for each rank. The router lets others pass them; without it an interactive request
+# waits behind those that are there.
+_BATCH_REQUESTS_ROUTED = 64
+_BATCH_REQUESTS = 16
+_Expected = TypeVar("_Expected")
+
+
+def main(arguments: list[str]) -> None:
+    """Parses SGLang's own flags and serves until told to stop.
+
+    Args:
+        arguments: SGLang's command line, ours taken out.
+    """
+    from sglang.srt.plugins import load_plugins
+
+    # First, as in sglang.launch_server: what is imported from here on is already hooked.
+    load_plugins()
+    from asyncep_sgl.plugin import admit_zero_max_tokens, assert_active
+
+    admit_zero_max_tokens()
+    from sglang.srt.entrypoints.http_server import app, launch_server
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    config = AsyncEPConfig.from_environment()
+    if config is None:
+        raise SystemExit("this module is started by asyncep serve, not by hand")
+    assert_active()
+    address = config.store_address
+    _ask(address, Hello("front", os.getpid()), Welcome)
+
+    server_args = _read(arguments, prepare_server_args)
+    server_args.resolve_once()
+    host = "127.0.0.1" if server_args.host in ("0.0.0.0", "::", "") else server_args.host
+
+    def status() -> dict[str, Any]:
+        """Ranks, experts owned, bytes read and resident, as the launcher sees them."""
+        found: dict[str, Any] = msgspec.to_builtins(_ask(address, StatusRequest(), Status))
+        if config.router is not None:
+            # The lowest of the ranks' T: what a router in front of this server may count on for each of them.
+            with contextlib.suppress(TimeoutError):
+                state = router_state(config.router.state_address)
+                found["threshold_flops_per_layer"] = state["threshold_flops_per_layer"]
+        elif thresholds := [gather["threshold_flops"] for gather in found["gathers"] if gather["threshold_flops"]]:
+            found["threshold_flops_per_layer"] = min(thresholds)
+        return found
+
+    if config.router is not None:
+        state_address = config.router.state_address
+        app.add_api_route("/router/state", lambda: router_state(state_address), methods=["GET"])
+    if config.router is not None or config.group.gathers:
+        # SGLang adds its own route when it starts, after this one, and only with its --enable-metrics.
+        app.routes.append(Route("/metrics", lambda request: _metrics(request, config, server_args)))
+    if config.group.nodes > 1:
+        health = GroupHealth(config.group.nodes, config.group.copies, config.group.patience_seconds)
+        watch(health, ViewClient(config.group.exporter_address))
+        app.add_middleware(GroupGate, health=health)
+    batches = BatchApi(
+        app,
+        Path(config.batch_folder),
+        server_args.model_path,
+        server_args.api_key,
+        most=config.ranks * (_BATCH_REQUESTS_ROUTED if config.router is not None else _BATCH_REQUESTS),
+    )
+    app.routes.extend(batches.routes())
+    app.add_middleware(BatchLife, api=batches)
+    app.add_middleware(Drain)
+    app.add_api_route("/asyncep/status", status, methods=["GET"])
+    url = f"http://{host}:{server_args.port}"
+
+    def serving() -> None:
+        if config.group.gathers:
+            model = read_config(server_args.model_path, server_args.revision)
+            context = server_args.context_length or model["max_position_embeddings"]
+            calibrate(
+                url,
+                ranks=config.ranks,
+                vocabulary=model["vocab_size"],
+                context=context,
+                api_key=server_args.api_key,
+            )
+        if "rare-collections" not in config.without:
+            settle()
+        _ask(address, Serving(url), Done)
+        batches.begin()
+
+    try:
+        launch_server(server_args, launch_callback=serving)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _read(arguments: list[str], prepare: Callable[[list[str]], Any]) -> Any:
+    """SGLang's reading of its flags.
+
+    Raises:
+        SystemExit: a flag nobody knows or a value that is none, in a line of its own. SGLang's would stand below its
+            usage, which is some hundred lines long.
+    """
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return prepare(arguments)
+    except SystemExit as end:
+        text = printed.getvalue()
+        if end.code != 2 or ": error: " not in text:
+            sys.stderr.write(text)
+            raise
+        usage, _, reason = text.rpartition(": error: ")
+        raise SystemExit(refused_flag(reason.strip(), set(re.findall(r"--[a-z0-9][a-z0-9-]+", usage)))) from None
+
+
+def _metrics(request: starlette.requests.Request, config: AsyncEPConfig, server_args: Any) -> Response:
+    """The router's and the gathers' figures; SGLang's too if it was asked for them."""
+    from asyncep_sgl.gather_metrics import GatherCollector
+    from asyncep_sgl.router_metrics import RouterCollector, exposition
+
+    collectors: list[Any] = []
+    if config.router is not None:
+        state_address = config.router.state_address
+        collectors.append(RouterCollector(lambda: router_state(state_address)))
+    if config.group.gathers:
+        collectors.append(GatherCollector(lambda: _ask(config.store_address, StatusRequest(), Status).gathers))
+    accept = request.headers.get("accept", "")
+    body, content_type = exposition(collectors, accept, sglang=server_args.enable_metrics)
+    return Response(body, headers={"content-type": content_type})
+
+
+def _ask(address: str, request: Request, expect: type[_Expected]) -> _Expected:
+    """One question on a line of its own: a ZeroMQ socket belongs to one thread, and this process has many."""
+    line = StoreClient(address)
+    try:
+        return line.ask(request, expect)
+    finally:
+        line.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

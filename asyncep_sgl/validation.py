@@ -1,0 +1,88 @@
+"""What may reach a rank. Every refusal is a ValueError that names the field; SGLang answers it with a 400."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# One new token is sampled from the prefill pass itself; the second would be the first decode step.
+MOST_NEW_TOKENS = 1
+
+
+def check_prompt(input_ids: Sequence[int] | None, vocabulary: int) -> None:
+    """Refuses a prompt no rank could embed.
+
+    Args:
+        input_ids: token ids; None for prompts given as embeddings.
+        vocabulary: number of token ids the model has.
+
+    Raises:
+        ValueError: empty, or an id outside the vocabulary (which would end the scheduler).
+    """
+    if input_ids is None:
+        return
+    if not len(input_ids):
+        raise ValueError("text: the prompt is empty; give at least one token in text or input_ids")
+    # The usual case, without a step in Python for each token.
+    if set(map(type, input_ids)) == {int} and min(input_ids) >= 0 and max(input_ids) < vocabulary:
+        return
+    for position, token in enumerate(input_ids):
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise ValueError(f"input_ids[{position}]: {token!r} is not an integer")
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"input_ids[{position}]: token id {token} is outside the vocabulary [0, {vocabulary})")
+
+
+def check_fields(request: Any, vocabulary: int) -> None:
+    """Refuses values that SGLang would take and a scheduler then end on.
+
+    Args:
+        request: has SGLang's ``/generate`` fields as attributes, each a value or a list with one for each prompt.
+        vocabulary: number of token ids the model has.
+
+    Raises:
+        ValueError: a field of the wrong type or out of range.
+    """
+    sampling = getattr(request, "sampling_params", None)
+    if sampling is not None and not isinstance(sampling, dict):
+        entries = sampling if isinstance(sampling, list) and sampling else [sampling]
+        for entry in entries:
+            if not isinstance(entry, dict):
+                raise ValueError(f"sampling_params: an object is needed, not {type(entry).__name__}")
+    _check_range(request, "top_logprobs_num", 0, vocabulary)
+    _check_range(request, "logprob_start_len", -1, None)
+
+
+def _check_range(request: Any, field: str, least: int, most: int | None) -> None:
+    value = getattr(request, field, None)
+    for entry in value if isinstance(value, list) else [value]:
+        if entry is None:
+            continue
+        if isinstance(entry, bool) or not isinstance(entry, int):
+            raise ValueError(f"{field}: {entry!r} is not an integer")
+        if entry < least or (most is not None and entry > most):
+            bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+            raise ValueError(f"{field}: {entry} is out of range, use {bounds}")
+
+
+def check_prefill_only(sampling_params: Mapping[str, Any]) -> None:
+    """Refuses a request that would decode.
+
+    Raises:
+        ValueError: ``max_new_tokens`` is missing (SGLang would decode 128), negative, or above one.
+    """
+    tokens = sampling_params.get("max_new_tokens")
+    if tokens is None:
+        raise ValueError(
+            "sampling_params.max_new_tokens: this server is prefill-only; set it to 0 (SGLang's default would decode "
+            "128 tokens), or start the server with --asyncep-decode allow"
+        )
+    if isinstance(tokens, bool) or not isinstance(tokens, int):
+        raise ValueError(f"sampling_params.max_new_tokens: {tokens!r} is not an integer")
+    if tokens < 0:
+        raise ValueError(f"sampling_params.max_new_tokens: {tokens} is negative; use 0")
+    if tokens > MOST_NEW_TOKENS:
+        raise ValueError(
+            f"sampling_params.max_new_tokens: this server is prefill-only and {tokens} tokens would need decoding; "
+            f"use 0 or {MOST_NEW_TOKENS}, or start the server with --asyncep-decode allow"
+        )

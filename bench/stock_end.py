@@ -1,0 +1,42 @@
+"""The end of a stock SGLang server that a bench has started: nothing of it is left, shared memory included."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_SECONDS = 30.0
+_SHARED = Path("/dev/shm")
+
+
+def _left() -> set[Path]:
+    return {*_SHARED.glob("sglang_loads_*"), *_SHARED.glob("sem.mp-*")}
+
+
+@contextlib.contextmanager
+def ended_whole(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Ends ``process`` and its group (it leads a session of its own) afterwards.
+
+    However it ends, stock SGLang leaves the file of its load figures and a semaphore, whose tracker it kills. What came
+    into shared memory meanwhile under these names is removed: benches run one server at a time.
+    """
+    before = _left()
+    try:
+        yield
+    finally:
+        deadline = time.monotonic() + _SECONDS
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+            while time.monotonic() < deadline:
+                process.poll()  # reaps it, so that the group can end
+                os.killpg(process.pid, 0)
+                time.sleep(0.1)
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for file in _left() - before:
+            file.unlink(missing_ok=True)

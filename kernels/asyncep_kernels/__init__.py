@@ -1,0 +1,1 @@
+"""Operations of the prefill path: a reference, a CPU and a GPU implementation of each."""

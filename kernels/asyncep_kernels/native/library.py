@@ -1,0 +1,99 @@
+"""The C kernels as Python functions, and threads to run them on."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import c_float, c_int, c_int64, c_void_p
+from functools import lru_cache
+
+import torch
+
+from asyncep_kernels.native.build import BuildError, build
+from asyncep_kernels.native.isa import Isa, allow_tiles, choose
+
+logger = logging.getLogger("asyncep.kernels")
+
+_SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
+    "asyncep_moe_route": (c_int64, (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p)),
+    "asyncep_moe_experts": (
+        c_int,
+        (c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+    ),
+    "asyncep_moe_combine": (
+        None,
+        (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64),
+    ),
+    "asyncep_attention": (c_int, (c_void_p, c_void_p, c_void_p)),
+    "asyncep_rms_norm": (
+        c_int,
+        (
+            *(c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_float, c_int64, c_int64, c_int64, c_int64),
+            *(c_void_p, c_int64, c_void_p, c_int64),
+        ),
+    ),
+    "asyncep_rotary": (
+        None,
+        (c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64),
+    ),
+    "asyncep_route_softmax": (
+        None,
+        (c_void_p, c_int64, c_int, c_int64, c_int64, c_int, c_int64, c_int64, c_void_p, c_void_p),
+    ),
+}
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The kernels for this machine; None, said once in the log, where they cannot be had."""
+    isa = choose()
+    if isa is Isa.AMX and not allow_tiles():
+        logger.warning("the kernel gives this process no AMX registers; AVX512-BF16 is used")
+        isa = Isa.AVX512_BF16
+    if isa is Isa.NONE:
+        return None
+    try:
+        found = ctypes.CDLL(str(build(isa)))
+    except (BuildError, OSError) as error:
+        logger.warning("CPU kernels are not available, torch's operators serve and are slower: %s", error)
+        return None
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = result, arguments
+    return found
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="asyncep-kernel")
+
+
+def share(run: Callable[[int], int]) -> None:
+    """Runs ``run`` on as many threads as torch uses, each with the address of one counter of pieces begun, 0 at first.
+
+    Raises:
+        MemoryError: one returned another number than 0.
+    """
+    counter = c_int64(0)
+    begun = ctypes.addressof(counter)
+    others = torch.get_num_threads() - 1
+    futures = [_pool(others).submit(run, begun) for _ in range(others)]
+    results = [run(begun), *(future.result() for future in futures)]
+    if any(results):
+        raise MemoryError("no memory for a kernel's scratch buffers")
+
+
+def split(count: int, run: Callable[[int, int], int | None], least: int = 256) -> None:
+    """Runs ``run(first, last)`` over ``count`` rows, on as many threads as torch uses and ``least`` rows are worth.
+
+    Raises:
+        MemoryError: one returned another number than 0.
+    """
+    parts = max(1, min(torch.get_num_threads(), count // least))
+    bounds = [count * part // parts for part in range(parts + 1)]
+    futures = [_pool(parts - 1).submit(run, bounds[p], bounds[p + 1]) for p in range(1, parts)]
+    results = [run(0, bounds[1]), *(future.result() for future in futures)]
+    if any(results):
+        raise MemoryError("no memory for a kernel's scratch buffers")

@@ -1,0 +1,15 @@
+"""What can go wrong between us and a server."""
+
+from __future__ import annotations
+
+
+class ServerError(RuntimeError):
+    """The server cannot be reached or answers something else than it should."""
+
+
+class OptionError(ValueError):
+    """An argument that cannot be used; the message names it."""
+
+
+class RejectedError(ValueError):
+    """The server refuses the request itself (4xx); sending it again would not help."""

@@ -1,0 +1,108 @@
+"""What a server says about itself, as far as planning needs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from asyncep.batching.errors import RejectedError, ServerError
+from asyncep.batching.generate import ServerApi
+from asyncep.batching.plan import Cost, TokenCost
+from asyncep_router.cost import ModelCost
+from asyncep_router.errors import ConfigError, UnsupportedModelError
+
+# T where the server has no router that could tell: FLOPs of so many tokens, the router's own default.
+_DEFAULT_THRESHOLD_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """One server.
+
+    Attributes:
+        ranks: ranks behind it.
+        addressable: a request can name its rank (`routed_dp_rank`).
+        page: tokens in a page of the prefix cache.
+        most_tokens: tokens a prompt may have; None if not said.
+        tokenizer: its tokenizer's folder or name, as it sees it.
+        model: the same for its model.
+        cost: what passes cost; tokens where the model's configuration is out of reach.
+        threshold: T, FLOPs a batch has to reach (in the unit of `cost`).
+    """
+
+    ranks: int
+    addressable: bool
+    page: int
+    most_tokens: int | None
+    tokenizer: str | None
+    model: str
+    cost: Cost
+    threshold: int
+
+    @property
+    def counts_flops(self) -> bool:
+        """Whether `cost` is in FLOPs, not tokens."""
+        return isinstance(self.cost, ModelCost)
+
+
+async def ask_server(client: ServerApi) -> ServerFacts:
+    """Asks.
+
+    Raises:
+        ServerError: it cannot be reached, or is none of SGLang's kind.
+    """
+    try:
+        info: dict[str, Any] = await client.get("/server_info")
+        about: dict[str, Any] = await client.get("/model_info")
+    except RejectedError as error:
+        raise ServerError(f"{client.url}: not a server of SGLang's kind: {error}") from error
+    state = await _if_there(client, "/router/state")
+    workers = await _if_there(client, "/workers")
+    model = str(about.get("model_path", ""))
+    cost = cost_of(model)
+    threshold = _threshold(state) if isinstance(cost, ModelCost) else None
+    most = info.get("max_req_input_len")
+    ranks = int(info.get("dp_size") or 1)
+    # An HTTP router answers for one of its workers; it knows better than we where a request belongs.
+    routed = isinstance(workers.get("workers"), list)
+    return ServerFacts(
+        ranks=ranks * max(1, len(workers["workers"])) if routed else ranks,
+        addressable=ranks > 1 and not routed,
+        page=int(info.get("page_size") or 1),
+        most_tokens=int(most) if most else None,
+        tokenizer=about.get("tokenizer_path"),
+        model=model,
+        cost=cost,
+        threshold=threshold or cost.flops(_DEFAULT_THRESHOLD_TOKENS),
+    )
+
+
+async def _if_there(client: ServerApi, path: str) -> dict[str, Any]:
+    """The answer of an endpoint that not every server has; empty without one."""
+    try:
+        found = await client.get(path)
+    except (RejectedError, ServerError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _threshold(state: dict[str, Any]) -> int | None:
+    """T as a router says it: the largest of its ranks'."""
+    ranks = state.get("ranks") or {}
+    if not isinstance(ranks, dict):
+        ranks = (state.get("placement") or {}).get("ranks") or {}
+    return max((int(rank.get("threshold_flops") or 0) for rank in ranks.values()), default=0) or None
+
+
+def cost_of(model: str) -> Cost:
+    """The cost model of a checkpoint folder on this host; tokens if it is not here or of an unknown architecture."""
+    from asyncep_sgl.errors import AsyncEPError
+    from asyncep_sgl.model_support import read_config
+
+    if not Path(model).is_dir():
+        return TokenCost()
+    try:
+        return ModelCost.from_config(read_config(model))
+    except (AsyncEPError, ConfigError, UnsupportedModelError):
+        return TokenCost()

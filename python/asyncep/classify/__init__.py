@@ -1,0 +1,1 @@
+"""Classification of rows of text by the log-probability a model gives to each label."""

@@ -1,0 +1,1 @@
+"""A job's ranks on several hosts, through Ray."""

@@ -1,0 +1,316 @@
+"""A job from file to file: windows of rows are read, planned as a whole, computed, written as parts and joined."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from asyncep.batching.errors import OptionError
+from asyncep.batching.labels import LabelScores
+from asyncep.classify.rows import Row, RowSource
+from asyncep.classify.summary import Summary
+from asyncep.jobs.journal import Journal, digest_of, open_journal, remove_journal
+from asyncep.jobs.outputs import OutputFormat, join_parts, output_format
+from asyncep.runtime.results import Classification
+from asyncep.runtime.session import Session
+from asyncep.runtime.task import Task, TaskOptions
+
+# Answers are kept at least so often: what a kill costs at most.
+_KEEP_SECONDS = 1.0
+_WINDOWS_UNDER_WAY = 2
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What is to be done.
+
+    Attributes:
+        source: the rows.
+        output: the file to write; its folder ``OUTPUT.job`` is there until the job is done.
+        options: labels, prompt, calibration.
+        calibration: a file of neutral texts in place of ``options.calibrate``.
+        part_rows: rows planned together, and written together.
+        restart: forget what an earlier run has done.
+    """
+
+    source: RowSource
+    output: Path
+    options: TaskOptions
+    calibration: RowSource | None = None
+    part_rows: int = 4096
+    restart: bool = False
+
+    def settings(self, model: str) -> dict[str, Any]:
+        """All that decides what the output is."""
+        options = self.options
+        return {
+            "model": model,
+            "input": _file(self.source.path),
+            "fields": [self.source.text_field, self.source.gold_field, *self.source.keep],
+            "limit": self.source.limit,
+            "shard": list(self.source.shard),
+            "labels": list(options.labels),
+            "template": options.template,
+            "examples": [list(example) for example in options.examples],
+            "calibration": _file(self.calibration.path) if self.calibration else list(options.calibrate),
+            "chat": [options.chat, options.system],
+            "length": options.length,
+            "rows in a part": self.part_rows,
+            "format": self.output.suffix.lower(),
+        }
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        rows: rows with a result, those of earlier runs among them.
+        new_rows: those of this run.
+        seconds: since this run's first row was read.
+        cached_share: share of this run's tokens that came from the prefix cache.
+        flops_per_second: net FLOPs of this run by its seconds; 0 where the model's shape is not known.
+    """
+
+    rows: int = 0
+    new_rows: int = 0
+    seconds: float = 0.0
+    cached_share: float = 0.0
+    flops_per_second: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Rows a second of this run."""
+        return self.new_rows / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """A job that is done.
+
+    Attributes:
+        summary: counts over all rows.
+        runs: figures of each run (processes that worked on the job): seconds, rows, prompts (distinct ones computed),
+            tokens, cached, possible_cached, flops, full_flops.
+        settings: see `JobSpec.settings`.
+        output: the file.
+    """
+
+    summary: Summary
+    runs: list[dict[str, float]]
+    settings: dict[str, Any]
+    output: Path
+
+    def total(self, figure: str) -> float:
+        """A figure added up over the runs."""
+        return sum(run.get(figure, 0.0) for run in self.runs)
+
+
+OnProgress = Callable[[Progress], None]
+OnDone = Callable[[JobResult], None]
+
+
+async def run_job(
+    spec: JobSpec, session: Session, *, on_progress: OnProgress | None = None, on_done: OnDone | None = None
+) -> JobResult:
+    """Does the job, or what is left of it.
+
+    Args:
+        on_progress: told after each batch and each part.
+        on_done: called when the output is in place and before the record of the job is removed, to write a report.
+
+    Raises:
+        InputError: input or output cannot be used.
+        JobError: the job's folder cannot be used.
+        ServerError: the server failed; what is done is kept.
+    """
+    spec.source.check()
+    form = output_format(
+        spec.output, spec.options.labels, gold=spec.source.gold_field is not None, keep=spec.source.keep
+    )
+    settings = spec.settings(session.facts.model)
+    with open_journal(spec.output, settings, restart=spec.restart) as journal:
+        task = await _task(spec, session, journal)
+        job = _Job(spec, session, task, journal, form, on_progress or _nothing)
+        await job.run()
+        parts = [journal.part_path(number) for number in sorted(journal.done)]
+        await asyncio.to_thread(join_parts, spec.output, parts, form)
+        summary = Summary(list(spec.options.labels))
+        for counts in journal.counts():
+            summary.merge(Summary.from_json(spec.options.labels, counts))
+        result = JobResult(summary, journal.figures(), settings, spec.output)
+        if on_done:
+            on_done(result)
+    remove_journal(journal)
+    return result
+
+
+async def _task(spec: JobSpec, session: Session, journal: Journal) -> Task:
+    """The task; a calibration measured by an earlier run is taken over, so that all rows have the same."""
+    offsets = journal.get("offsets")
+    options = spec.options
+    if offsets is not None:
+        return replace(await session.prepare(replace(options, calibrate=())), offsets=offsets)
+    if spec.calibration is not None:
+        spec.calibration.check()
+        texts = tuple(row.text for row in spec.calibration.rows() if row.text is not None)
+        if not texts:
+            raise OptionError(f"--calibration {spec.calibration.path}: no row has a text")
+        options = replace(options, calibrate=texts)
+    task = await session.prepare(options)
+    journal.put("offsets", task.offsets)
+    return task
+
+
+@dataclass(eq=False)
+class _Window:
+    """A window under way: its scores by text, and whether they are all there."""
+
+    scores: dict[str, LabelScores | str] = field(default_factory=dict)
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class _Job:
+    """One run of a job."""
+
+    def __init__(
+        self, spec: JobSpec, session: Session, task: Task, journal: Journal, form: OutputFormat, on_progress: OnProgress
+    ) -> None:
+        self._spec, self._session, self._task = spec, session, task
+        self._journal, self._form, self._on_progress = journal, form, on_progress
+        self._progress = Progress()
+        self._started = self._kept = time.monotonic()
+        self._answers: list[tuple[bytes, Sequence[float]]] = []
+        # One at a time uses the database; they do it in threads, for it waits for the disk.
+        self._database = asyncio.Lock()
+        self._keeping: asyncio.Task[None] | None = None
+        self._computing: dict[bytes, _Window] = {}
+
+    async def run(self) -> None:
+        # Calibration is not the job's work.
+        self._session.scorer.reset_totals()
+        done = self._journal.done
+        self._progress.rows = sum(counts["rows"] for counts in self._journal.counts())
+        windows = self._spec.source.windows(self._spec.part_rows, done)
+        self._tell()
+        under_way: deque[asyncio.Task[None]] = deque()
+        try:
+            while (window := await asyncio.to_thread(_next, windows)) is not None:
+                under_way.append(asyncio.create_task(self._window(*window)))
+                if len(under_way) == _WINDOWS_UNDER_WAY:
+                    await under_way.popleft()
+            while under_way:
+                await under_way.popleft()
+        finally:
+            for task in under_way:
+                task.cancel()
+            await asyncio.gather(*under_way, return_exceptions=True)
+            # Also when the server failed or the user has stopped it: what was answered is kept.
+            await self._keep()
+
+    async def _window(self, number: int, rows: list[Row]) -> None:
+        window = _Window()
+        digests: dict[str, bytes] = {}
+        copies: dict[str, int] = {}
+        for row in rows:
+            if row.text is not None:
+                copies[row.text] = copies.get(row.text, 0) + 1
+                if copies[row.text] == 1:
+                    digests[row.text] = digest_of(row.text)
+        scores = window.scores
+        async with self._database:
+            known = await asyncio.to_thread(self._journal.known, list(digests.values()))
+        # Without a pause between looking and noting: two windows may hold the same text, and the first computes it.
+        elsewhere = {text: self._computing[digest] for text, digest in digests.items() if digest in self._computing}
+        missing = []
+        for text, digest in digests.items():
+            if digest in known:
+                scores[text] = LabelScores(known[digest], ())
+            elif text not in elsewhere:
+                missing.append(text)
+                self._computing[digest] = window
+        self._advance(sum(copies[text] for text in scores) + sum(row.text is None for row in rows))
+
+        def take(numbers: Sequence[int], results: Sequence[LabelScores | str]) -> None:
+            for i, result in zip(numbers, results, strict=True):
+                scores[missing[i]] = result
+                if isinstance(result, LabelScores):
+                    self._answers.append((digests[missing[i]], result.scores))
+            self._advance(sum(copies[missing[i]] for i in numbers))
+            if time.monotonic() - self._kept > _KEEP_SECONDS and (self._keeping is None or self._keeping.done()):
+                self._keeping = asyncio.create_task(self._keep())
+
+        prompts = await self._session.tokens.encode(
+            [self._task.template.render(text) for text in missing], special=self._task.special
+        )
+        await self._session.scorer.score(prompts, self._task.label_set, take)
+        window.done.set()
+        for text, other in elsewhere.items():
+            await other.done.wait()
+            scores[text] = other.scores[text]
+        self._advance(sum(copies[text] for text in elsewhere))
+        content, counts = await asyncio.to_thread(self._part, rows, scores)
+        await self._keep()
+        for text in missing:
+            del self._computing[digests[text]]
+        async with self._database:
+            await asyncio.to_thread(self._journal.add_part, number, content, counts, self._figures())
+
+    def _part(self, rows: list[Row], scores: dict[str, LabelScores | str]) -> tuple[bytes, dict[str, Any]]:
+        summary = Summary(self._task.labels)
+        answers = []
+        for row in rows:
+            answer = Classification(None, error=row.error) if row.text is None else self._task.decide(scores[row.text])
+            answers.append(answer)
+            summary.add(row.gold, answer.label, answer.probability, answer.error)
+        return self._form.part(rows, answers), summary.as_json()
+
+    async def _keep(self) -> None:
+        answers, self._answers = self._answers, []
+        self._kept = time.monotonic()
+        async with self._database:
+            await asyncio.to_thread(self._journal.remember, answers, self._figures())
+
+    def _advance(self, rows: int) -> None:
+        self._progress.rows += rows
+        self._progress.new_rows += rows
+        self._tell()
+
+    def _tell(self) -> None:
+        totals = self._session.scorer.totals
+        progress = self._progress
+        progress.seconds = time.monotonic() - self._started
+        progress.cached_share = totals.cached_share
+        progress.flops_per_second = totals.flops / progress.seconds if progress.seconds else 0.0
+        self._on_progress(progress)
+
+    def _figures(self) -> dict[str, float]:
+        totals = self._session.scorer.totals
+        return {
+            "seconds": time.monotonic() - self._started,
+            "rows": self._progress.new_rows,
+            "prompts": totals.prompts,
+            "tokens": totals.tokens,
+            "cached": totals.cached,
+            "possible_cached": totals.possible_cached,
+            "flops": totals.flops,
+            "full_flops": totals.full_flops,
+        }
+
+
+def _next(windows: Iterator[tuple[int, list[Row]]]) -> tuple[int, list[Row]] | None:
+    return next(windows, None)
+
+
+def _nothing(_: Progress) -> None:
+    pass
+
+
+def _file(path: Path) -> list[Any]:
+    found = path.stat()
+    return [str(path.resolve()), found.st_size, found.st_mtime_ns]

@@ -1,0 +1,202 @@
+"""``asyncep plan``: how to run a model's prefill on given devices, and what would change the answer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from asyncep.plan.inputs import WORKLOADS, InputError, read_cluster, read_model, read_workload
+from asyncep.plan.planner import BATCHES, Change, Option, Plan, Planner
+from asyncep.sim import hardware
+from asyncep.sim.calibration import read_calibration
+from asyncep.sim.errors import DataError, DoesNotFit, SimulationError
+from asyncep.sim.skew import MEASURED_RATIO, ExpertSkew
+from asyncep.sim.steady import Profile
+from asyncep.sim.work import ITEMSIZE
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    flags = argparse.ArgumentParser(prog="asyncep plan", description=__doc__)
+    flags.add_argument(
+        "--model", required=True, help=f"config.json, its folder, or one of {', '.join(hardware.models())}"
+    )
+    flags.add_argument(
+        "--gpus", required=True, help=f"COUNTxNAME, such as 8xh100; NAME of {', '.join(hardware.devices())}"
+    )
+    flags.add_argument(
+        "--link", help="between devices of a node: a bandwidth (360GB/s) or a name (default: the device's)"
+    )
+    flags.add_argument("--between", help="between nodes, a device's share (default: the device's)")
+    flags.add_argument("--host-link", help="from host memory (default: the device's)")
+    flags.add_argument("--host-memory", type=float, metavar="GB", help="host memory for each device")
+    flags.add_argument("--gpus-per-node", type=int, metavar="N", help="devices in a node (default: 8, cpu-core: 1)")
+    flags.add_argument("--dtype", default="bf16", choices=sorted(ITEMSIZE), help="of the weights (default: bf16)")
+    flags.add_argument(
+        "--workload",
+        default="few-shot",
+        help=f"{', '.join(WORKLOADS)}; a .jsonl (Mooncake, or tokens/shared/group) or Azure .csv; lengths: 512,4096x3",
+    )
+    flags.add_argument("--batch-tokens", type=int, default=BATCHES[-1], help="new tokens of a rank's batch at most")
+    flags.add_argument("--skew", type=float, default=MEASURED_RATIO, help="most over least loaded expert (default: 16)")
+    flags.add_argument("--calibration", type=Path, metavar="FILE", help="measured figures, see docs/simulator.md")
+    flags.add_argument("--json", action="store_true", help="machine-readable")
+    return flags
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the plan; 0, 1 if nothing fits, 2 for a wrong flag."""
+    given = parser().parse_args(arguments)
+    try:
+        planner = _planner(given)
+    except SimulationError as error:
+        print(f"asyncep plan: {error}", file=sys.stderr)
+        return 2
+    try:
+        plan = planner.plan()
+    except DoesNotFit as error:
+        print(f"asyncep plan: --gpus {given.gpus}: no strategy fits. {error}", file=sys.stderr)
+        return 1
+    if given.json:
+        print(json.dumps(as_data(planner, plan), indent=1))
+    else:
+        show(planner, plan, Console(width=None if sys.stdout.isatty() else 120))
+    return 0
+
+
+def _planner(given: argparse.Namespace) -> Planner:
+    if given.batch_tokens < 1:
+        raise InputError(f"--batch-tokens {given.batch_tokens}: must be at least 1")
+    if given.gpus_per_node is not None and given.gpus_per_node < 1:
+        raise InputError(f"--gpus-per-node {given.gpus_per_node}: must be at least 1")
+    try:
+        skew = ExpertSkew(given.skew)
+    except DataError as error:
+        raise InputError(f"--skew {given.skew}: {error}") from error
+    model = read_model(given.model, given.dtype)
+    cluster = read_cluster(
+        given.gpus,
+        link=given.link,
+        between=given.between,
+        host=given.host_link,
+        per_node=given.gpus_per_node,
+        host_gb=given.host_memory,
+    )
+    if given.calibration is not None:
+        try:
+            cluster = read_calibration(given.calibration).apply(cluster)
+        except DataError as error:
+            raise InputError(f"--calibration {error}") from error
+    try:
+        cluster.device.check_dtype(model.dtype)
+    except DataError as error:
+        raise InputError(f"--dtype {given.dtype}: {error}") from error
+    return Planner(model, cluster, Profile.of(model, read_workload(given.workload)), skew, given.batch_tokens)
+
+
+def as_data(planner: Planner, plan: Plan) -> dict[str, Any]:
+    """The plan as plain data. Bytes, seconds, tokens, FLOPs."""
+    return {
+        "model": planner.model.name,
+        "dtype": planner.model.dtype,
+        "gpus": planner.cluster.devices,
+        "device": planner.cluster.device.name,
+        "workload": {
+            "mean_tokens": planner.profile.mean_length,
+            "longest": planner.profile.longest,
+            "cached_share": planner.profile.cached_share,
+        },
+        "kv_free": plan.kv_free,
+        "choice": _option(plan.best),
+        "others": [_option(option) for option in plan.options[1:]],
+        "refused": [asdict(refusal) for refusal in plan.refused],
+        "changes": [asdict(change) for change in plan.changes],
+    }
+
+
+def _option(option: Option) -> dict[str, Any]:
+    deployment, memory = option.deployment, option.deployment.memory
+    return {
+        "strategy": option.strategy,
+        "group": deployment.group,
+        "batch_tokens": option.result.lane_tokens,
+        "t_ep_seconds": deployment.t_ep,
+        "threshold_tokens": deployment.threshold_tokens,
+        "threshold_flops_per_layer": deployment.threshold if deployment.t_ep else 0.0,
+        "peak_threshold_flops_per_layer": deployment.peak_threshold,
+        "mfu": option.result.mfu,
+        "tokens_per_second": option.result.tokens_per_second,
+        "requests_per_second": option.result.requests_per_second,
+        "batch_seconds": option.result.latency,
+        "stalled": option.result.stalled,
+        "memory": {**asdict(memory), "total": memory.total} if memory else None,
+    }
+
+
+def show(planner: Planner, plan: Plan, console: Console) -> None:
+    """Two tables: the strategies, and what would change the choice."""
+    best, profile = plan.best, planner.profile
+    deployment, memory = best.deployment, best.deployment.memory
+    console.print(
+        f"[bold]{best.strategy}[/bold], groups of {deployment.group}, batches of {best.result.lane_tokens:,} new "
+        f"tokens: {best.result.tokens_per_second:,.0f} tokens/s, {best.result.requests_per_second:,.1f} requests/s, "
+        f"MFU {best.result.mfu:.1%}"
+    )
+    console.print(
+        f"{planner.model.name} in {planner.model.dtype} on {planner.cluster.devices} x {planner.cluster.device.name}; "
+        f"prompts of {profile.mean_length:,.0f} tokens on average, {profile.cached_share:.0%} found in caches"
+        + ("; no cache kept (KV-free)" if plan.kv_free else "")
+    )
+    if deployment.t_ep:
+        console.print(
+            f"T: {deployment.threshold_tokens:,} tokens, {deployment.threshold / 1e12:.3g} TFLOP a layer "
+            f"(from the peak: {deployment.peak_threshold / 1e12:.3g}); t_EP {deployment.t_ep * 1e3:.3g} ms a layer"
+        )
+    if memory:
+        console.print(
+            f"GB of a device ({memory.capacity / 1e9:.1f} usable): dense {memory.dense / 1e9:.1f}, "
+            f"experts {memory.experts / 1e9:.1f}, gathered {memory.slots / 1e9:.1f}, "
+            f"activations {memory.activations / 1e9:.1f}, KV {memory.kv / 1e9:.1f}"
+            + (f"; in host memory {memory.host / 1e9:.1f}" if memory.host else "")
+        )
+    table = Table(
+        "strategy", "group", "batch tokens", "tokens/s", "MFU", "batch s", "stalled", "GB a device", "GB host"
+    )
+    for option in plan.options:
+        used = option.deployment.memory
+        table.add_row(
+            option.strategy,
+            str(option.deployment.group),
+            f"{option.result.lane_tokens:,}",
+            f"{option.result.tokens_per_second:,.0f}",
+            f"{option.result.mfu:.1%}",
+            f"{option.result.latency:.3g}",
+            f"{option.result.stalled:.1%}",
+            f"{used.total / 1e9:.1f}" if used else "",
+            f"{used.host / 1e9:.1f}" if used else "",
+        )
+    console.print(table)
+    if plan.changes:
+        changes = Table("to win", "what", "today", "needed")
+        for change in plan.changes:
+            changes.add_row(change.strategy, change.quantity, *_words(change))
+        console.print(changes)
+    for refusal in plan.refused:
+        console.print(f"{refusal.strategy} cannot run: {refusal.reason}", markup=False, highlight=False)
+
+
+def _words(change: Change) -> tuple[str, str]:
+    today = f"{change.now:,.4g} {change.unit}" if change.now < 1e5 else f"{change.now:,.0f} {change.unit}"
+    if change.at is None:
+        return today, f"nowhere from {change.low:,.3g} to {change.high:,.3g}"
+    side = "at most" if change.at < change.now else "at least"
+    at = f"{change.at:,.4g}" if change.at < 1e5 else f"{change.at:,.0f}"
+    return today, f"{side} {at} {change.unit}"

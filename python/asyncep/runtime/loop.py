@@ -1,0 +1,78 @@
+"""An event loop in a thread, so that the same coroutines serve callers with and without a loop of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_END = object()
+
+
+class LoopThread:
+    """Runs coroutines for other threads and for other loops."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="asyncep-runtime", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs it and waits, blocking the thread that calls. Ctrl-C there cancels it."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def start(self, work: Coroutine[Any, Any, T]) -> Awaitable[T]:
+        """Starts it; the caller's loop may await the result, and cancelling that cancels it."""
+        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    def iterate(self, source: AsyncIterator[T]) -> Iterator[T]:
+        """Its items, for a thread without a loop."""
+        try:
+            while (item := self.run(_next(source))) is not _END:
+                yield item  # type: ignore[misc] # not the end
+        finally:
+            # An iterator that was left half-way may be thrown away after the runtime has ended.
+            if not self._loop.is_closed():
+                self.run(_close(source))
+
+    async def aiterate(self, source: AsyncIterator[T]) -> AsyncIterator[T]:
+        """Its items, for another loop."""
+        try:
+            while (item := await self.start(_next(source))) is not _END:
+                yield item  # type: ignore[misc] # not the end
+        finally:
+            if not self._loop.is_closed():
+                await self.start(_close(source))
+
+    def stop(self) -> None:
+        """Cancels what is under way and ends the thread."""
+        self.run(_cancel_others())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _next(source: AsyncIterator[T]) -> T | object:
+    return await anext(source, _END)
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()
+
+
+async def _close(source: AsyncIterator[Any]) -> None:
+    close = getattr(source, "aclose", None)
+    if close is not None:
+        await close()

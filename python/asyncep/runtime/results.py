@@ -1,0 +1,77 @@
+"""What the runtime answers with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """One text's answer.
+
+    Attributes:
+        label: the most probable label; None if the text could not be classified.
+        probabilities: of each label, normalised over the labels, after calibration; they sum to 1. Empty with an error.
+        log_probabilities: log-likelihood of each label as the model has it, in nats, before calibration.
+        tokens, cached_tokens: of all passes the text took, and of them from the prefix cache.
+        error: why there is no label.
+    """
+
+    label: str | None
+    probabilities: Mapping[str, float] = field(default_factory=dict)
+    log_probabilities: Mapping[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    cached_tokens: int = 0
+    error: str | None = None
+
+    @property
+    def probability(self) -> float | None:
+        """Probability of `label`; None without one."""
+        return None if self.label is None else self.probabilities[self.label]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One item's answer.
+
+    Attributes:
+        values: of each label token, in the order asked: probabilities over the label tokens where softmax was asked for
+            (they sum to 1), else over the whole vocabulary. Empty with an error.
+        log_probabilities: log-probability of each label token over the whole vocabulary, in nats.
+        error: why there are none.
+    """
+
+    values: tuple[float, ...]
+    log_probabilities: tuple[float, ...]
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """One document's place.
+
+    Attributes:
+        index: its number in the list that was given.
+        document: itself.
+        score: probability of "relevant" against "not relevant", 0 to 1; None with an error.
+        error: why it has no score.
+    """
+
+    index: int
+    document: str
+    score: float | None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogProbs:
+    """One prompt's answer.
+
+    Attributes:
+        log_probabilities: of each token asked for, as the next one after the prompt, in nats. Empty with an error.
+        error: why there are none.
+    """
+
+    log_probabilities: tuple[float, ...]
+    error: str | None = None

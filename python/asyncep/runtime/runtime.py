@@ -1,0 +1,419 @@
+"""``asyncep.Runtime``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from asyncep.batching.errors import OptionError
+from asyncep.batching.scorer import Totals
+from asyncep.classify.rows import RowSource
+from asyncep.jobs.run import JobResult, JobSpec, OnProgress, run_job
+from asyncep.local_server import local_server
+from asyncep.runtime.frames import library_of, texts_of, with_results
+from asyncep.runtime.loop import LoopThread
+from asyncep.runtime.results import Classification, Ranked, Score, TokenLogProbs
+from asyncep.runtime.session import Session, open_session
+from asyncep.runtime.task import TaskOptions
+from asyncep.runtime.windows import WINDOW, in_order, windows
+
+
+class Runtime:
+    """A prefill-only model to ask from Python.
+
+    The ranks run in an ``asyncep serve`` of the runtime's own, on a port of this host that only it knows, not in this
+    process: what the server does to be fast and to survive (experts shared by all ranks, ranks started again when they
+    die, nothing left behind) is the launcher's work, and its signal handlers, forked processes and imports of 10 s are
+    nothing to have in a notebook. The server ends with the runtime, and with this process however that ends.
+
+    It starts with ``with`` (or `start`), and ends with it (or `close`). Every method has an async twin whose name
+    begins with ``a``; both may be used together, from any thread and any loop.
+
+    Args:
+        model: checkpoint folder or hub name.
+        dp_size: ranks.
+        start_seconds: how long the ranks may take to come up.
+        **options: any other flag of ``asyncep serve``, with underscores: ``dtype="float32"``,
+            ``asyncep_kernels="sglang"``; True for a flag without value, a list for one with several, None to leave it
+            out.
+
+    Example:
+        >>> with Runtime(MODEL, dp_size=2, log_level="error") as runtime:      # doctest: +SKIP
+        ...     [answer] = runtime.classify(["A goal in the last minute."], ["sport", "politics"])
+        ...     print(answer.label, f"{answer.probability:.2f}")
+        sport 0.98
+    """
+
+    def __init__(self, model: str, dp_size: int = 1, *, start_seconds: float = 600, **options: Any) -> None:
+        self._model: str | None = str(model)
+        self._flags = ["--dp-size", str(dp_size), *_flags({"log_level": "warning", **options})]
+        self._start_seconds = start_seconds
+        self._url: str | None = None
+        self._api_key: str | None = options.get("api_key")
+        self._stack: contextlib.ExitStack | None = None
+        self._loop: LoopThread | None = None
+        self._session: Session | None = None
+
+    @classmethod
+    def connect(cls, url: str, *, api_key: str | None = None) -> Runtime:
+        """A runtime on a server that runs already: ``asyncep serve``, our HTTP router, or stock SGLang.
+
+        Args:
+            url: such as ``http://127.0.0.1:30000``.
+        """
+        runtime = cls("", 1)
+        runtime._model, runtime._url, runtime._api_key = None, url, api_key
+        return runtime
+
+    # Life
+
+    def start(self) -> Runtime:
+        """Starts the ranks, or finds the server.
+
+        Raises:
+            StartError: the ranks did not come up; says why.
+            ServerError: no server at the URL.
+            RuntimeError: it is started already.
+        """
+        if self._stack is not None:
+            raise RuntimeError("this runtime is started already")
+        with contextlib.ExitStack() as stack:
+            if self._model is not None:
+                self._url = stack.enter_context(
+                    local_server(self._model, self._flags, start_seconds=self._start_seconds)
+                )
+            loop = LoopThread()
+            stack.callback(loop.stop)
+            opened = open_session(self._url or "", api_key=self._api_key)
+            self._session = loop.run(opened.__aenter__())
+            stack.callback(lambda: loop.run(opened.__aexit__(None, None, None)))
+            self._loop = loop
+            self._stack = stack.pop_all()
+        return self
+
+    def close(self) -> None:
+        """Ends what `start` began; the ranks stop. A second call does nothing."""
+        if self._stack is not None:
+            stack, self._stack = self._stack, None
+            self._session = None
+            stack.close()
+
+    def __enter__(self) -> Runtime:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Runtime:
+        return await asyncio.to_thread(self.start)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.close)
+
+    @property
+    def url(self) -> str:
+        """Where its server answers; other clients may use it too."""
+        if self._url is None or self._stack is None:
+            raise RuntimeError("the runtime is not started; use it in a with statement")
+        return self._url
+
+    @property
+    def totals(self) -> Totals:
+        """What was computed since the start: prompts, tokens, tokens from the prefix cache, FLOPs."""
+        return self._need()[0].scorer.totals
+
+    # Classification
+
+    def classify(self, texts: Any, labels: Sequence[str], *, text: str = "text", **options: Any) -> Any:
+        """The most probable label of each text.
+
+        Args:
+            texts: a list of strings; an iterator or generator of them, read as needed and never held whole; or a frame
+                or column of pandas, polars or Arrow.
+            labels: at least two. One of several tokens is scored by its full log-likelihood.
+            text: the frame's column with the texts.
+            **options: of `TaskOptions`: ``template``, ``examples``, ``calibrate`` (neutral texts, one or a list),
+                ``chat``, ``system``, ``length``.
+
+        Returns:
+            For a list, a list of `Classification` in its order; for an iterator, an iterator of them; for a frame, the
+            frame with the columns ``label``, ``probability``, ``p_LABEL`` and ``error`` added (of the same library). A
+            text that cannot be classified has an error in place of its label; the others are not affected.
+
+        Raises:
+            OptionError: an argument that cannot be used, named.
+            ServerError: the server failed.
+
+        Example:
+            >>> results = runtime.classify(["A late goal.", ""], ["sport", "politics"], calibrate="N/A")
+            >>> results[0].label in ("sport", "politics"), results[1].error
+            (True, 'the text is empty')
+            >>> stream = runtime.classify((f"text {i}" for i in range(3)), ["sport", "politics"])
+            >>> sum(1 for result in stream if result.probability > 0)
+            3
+        """
+        session, loop = self._need()
+        wanted = _task_options(labels, options)
+        if library_of(texts):
+            results = loop.run(_classify(session, texts_of(texts, text), wanted))
+            return with_results(texts, results, wanted.labels)
+        if isinstance(texts, Sequence):
+            return loop.run(_classify(session, _strings(texts), wanted))
+        return loop.iterate(_stream(session, texts, wanted))
+
+    async def aclassify(self, texts: Any, labels: Sequence[str], *, text: str = "text", **options: Any) -> Any:
+        """`classify` for a caller with an event loop: lists and frames. For iterators there is `astream`.
+
+        Example:
+            >>> async def main():
+            ...     [result] = await runtime.aclassify(["A late goal."], ["sport", "politics"])
+            ...     return sorted(result.probabilities)
+            >>> asyncio.run(main())
+            ['politics', 'sport']
+        """
+        session, loop = self._need()
+        wanted = _task_options(labels, options)
+        if library_of(texts):
+            results = await loop.start(_classify(session, texts_of(texts, text), wanted))
+            return with_results(texts, results, wanted.labels)
+        return await loop.start(_classify(session, _strings(texts), wanted))
+
+    def astream(
+        self, texts: Iterable[str] | AsyncIterable[str], labels: Sequence[str], **options: Any
+    ) -> AsyncIterator[Classification]:
+        """`classify` of an iterator for a caller with an event loop: results come in the order of the texts.
+
+        Args:
+            texts: an async iterator is read in the runtime's own loop, not in the caller's.
+
+        Example:
+            >>> async def main():
+            ...     return [r.error async for r in runtime.astream(iter(["a", "b"]), ["sport", "politics"])]
+            >>> asyncio.run(main())
+            [None, None]
+        """
+        session, loop = self._need()
+        return loop.aiterate(_stream(session, texts, _task_options(labels, options)))
+
+    def classify_file(
+        self,
+        source: str | Path,
+        output: str | Path,
+        labels: Sequence[str],
+        *,
+        text: str = "text",
+        gold: str | None = None,
+        keep: Sequence[str] = (),
+        limit: int | None = None,
+        shard: tuple[int, int] = (0, 1),
+        restart: bool = False,
+        on_progress: OnProgress | None = None,
+        **options: Any,
+    ) -> JobResult:
+        """A job: labels the rows of a file; what ``asyncep classify`` does.
+
+        It can be killed at any point. Called again with the same arguments it goes on, until `output` is there with
+        each row once.
+
+        Args:
+            source, output: ``.jsonl``, ``.csv`` or ``.parquet`` files.
+            text, gold, keep: fields with the text, the true label (for accuracy), and what to carry over.
+            limit: only the first so many rows.
+            shard: (i, n), from (0, 1): only the i-th of n parts of them.
+            restart: forget what an unfinished run has done.
+            on_progress: told now and then, from another thread.
+            **options: those of `classify`.
+
+        Returns:
+            Counts and figures; `asyncep.jobs.report` makes a report of it.
+
+        Raises:
+            InputError, OptionError: an argument or file that cannot be used, named.
+            JobError: another process works on it, or it was begun with other arguments.
+            ServerError: the server failed; what is done is kept.
+
+        Example:
+            >>> _ = Path("mails.csv").write_text("body\\nBuy now!\\nSee you at ten.\\n")
+            >>> job = runtime.classify_file("mails.csv", "labelled.jsonl", ["spam", "ham"], text="body")
+            >>> job.summary.rows, job.summary.errors
+            (2, 0)
+        """
+        session, loop = self._need()
+        rows = RowSource(Path(source), text, gold, tuple(keep), limit, shard)
+        spec = JobSpec(rows, Path(output), _task_options(labels, options), restart=restart)
+        return loop.run(run_job(spec, session, on_progress=on_progress))
+
+    # Scores
+
+    def score(
+        self,
+        query: str | Sequence[int],
+        items: Sequence[str | Sequence[int]],
+        label_token_ids: Sequence[int],
+        *,
+        apply_softmax: bool = True,
+        item_first: bool = False,
+    ) -> list[Score]:
+        """How probable each label token is after the query and each item; SGLang's ``score``.
+
+        Args:
+            query, items: all text or all token ids; each item is joined to the query as it stands.
+            label_token_ids: the tokens to score, each once.
+            apply_softmax: normalise over the label tokens; otherwise probabilities over the whole vocabulary.
+            item_first: the item stands before the query.
+
+        Returns:
+            A `Score` for each item, in order.
+
+        Raises:
+            OptionError: an argument that cannot be used, named.
+            ServerError: the server failed.
+
+        Example:
+            >>> [[yes], [no]] = runtime.tokenize(["y", "n"])
+            >>> [score] = runtime.score("Is this spam? ", ["Buy now!"], [yes, no])
+            >>> round(sum(score.values), 6)
+            1.0
+        """
+        session, loop = self._need()
+        work = session.score(query, items, label_token_ids, apply_softmax=apply_softmax, item_first=item_first)
+        return loop.run(work)
+
+    async def ascore(
+        self,
+        query: str | Sequence[int],
+        items: Sequence[str | Sequence[int]],
+        label_token_ids: Sequence[int],
+        *,
+        apply_softmax: bool = True,
+        item_first: bool = False,
+    ) -> list[Score]:
+        """`score` for a caller with an event loop."""
+        session, loop = self._need()
+        work = session.score(query, items, label_token_ids, apply_softmax=apply_softmax, item_first=item_first)
+        return await loop.start(work)
+
+    def rerank(self, query: str, documents: Sequence[str], **options: Any) -> list[Ranked]:
+        """Documents by how probable it is that the model calls them relevant to the query.
+
+        Args:
+            documents: strings; each is asked about once, the query's part of the prompt computed once a rank.
+            **options: ``template`` with ``{query}`` and, once, ``{document}``; ``answers``, the words for relevant and
+                not (default ``("yes", "no")``); ``top_n``, how many to return; ``chat``, the model's chat format.
+
+        Returns:
+            A `Ranked` for each, the most relevant first, those with an error last.
+
+        Raises:
+            OptionError: an argument that cannot be used, named.
+            ServerError: the server failed.
+
+        Example:
+            >>> ranked = runtime.rerank("big cats", ["lions", "tax law"], top_n=1)
+            >>> len(ranked), ranked[0].document in ("lions", "tax law")
+            (1, True)
+        """
+        session, loop = self._need()
+        return loop.run(session.rerank(query, documents, **options))
+
+    async def arerank(self, query: str, documents: Sequence[str], **options: Any) -> list[Ranked]:
+        """`rerank` for a caller with an event loop."""
+        session, loop = self._need()
+        return await loop.start(session.rerank(query, documents, **options))
+
+    def logprobs(self, prompts: Sequence[str | Sequence[int]], token_ids: Sequence[int]) -> list[TokenLogProbs]:
+        """Log-probability of each token as the next one after each prompt.
+
+        Args:
+            prompts: text or token ids.
+            token_ids: the tokens, each once.
+
+        Returns:
+            A `TokenLogProbs` for each prompt, in order; its values, in nats, in the order of `token_ids`.
+
+        Raises:
+            OptionError: no tokens, or one twice.
+            ServerError: the server failed.
+
+        Example:
+            >>> [answer] = runtime.logprobs(["The answer is"], [5, 6, 7])
+            >>> len(answer.log_probabilities), max(answer.log_probabilities) <= 0
+            (3, True)
+        """
+        session, loop = self._need()
+        return loop.run(session.logprobs(prompts, token_ids))
+
+    async def alogprobs(self, prompts: Sequence[str | Sequence[int]], token_ids: Sequence[int]) -> list[TokenLogProbs]:
+        """`logprobs` for a caller with an event loop."""
+        session, loop = self._need()
+        return await loop.start(session.logprobs(prompts, token_ids))
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text as the model reads it, without special tokens.
+
+        Example:
+            >>> len(runtime.tokenize(["one text", "another"]))
+            2
+        """
+        session, loop = self._need()
+        return loop.run(session.tokens.encode(list(texts), special=False))
+
+    def _need(self) -> tuple[Session, LoopThread]:
+        if self._session is None or self._loop is None:
+            raise RuntimeError("the runtime is not started; use it in a with statement")
+        return self._session, self._loop
+
+
+async def _classify(session: Session, texts: Sequence[str], options: TaskOptions) -> list[Classification]:
+    return await session.classify(texts, await session.prepare(options))
+
+
+async def _stream(
+    session: Session, texts: Iterable[str] | AsyncIterable[str], options: TaskOptions
+) -> AsyncIterator[Classification]:
+    task = await session.prepare(options)
+
+    async def work(window: list[str]) -> list[Classification]:
+        return await session.classify(window, task)
+
+    async for result in in_order(windows(texts, WINDOW), work):
+        yield result
+
+
+def _strings(texts: Any) -> Sequence[str]:
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise OptionError(f"texts: a list of strings or a frame is needed, not {type(texts).__name__}")
+    return texts
+
+
+def _task_options(labels: Sequence[str], options: dict[str, Any]) -> TaskOptions:
+    known = set(TaskOptions.__dataclass_fields__) - {"labels"}
+    if unknown := sorted(set(options) - known):
+        raise OptionError(f"{unknown[0]}: no such option; there are {', '.join(sorted(known))}")
+    if isinstance(options.get("calibrate"), str):
+        options = {**options, "calibrate": (options["calibrate"],)}
+    wanted = TaskOptions(tuple(labels), **options)
+    wanted.check()
+    return wanted
+
+
+def _flags(options: Mapping[str, Any]) -> list[str]:
+    flags: list[str] = []
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if value is None or value is False:
+            continue
+        flags.append(flag)
+        if isinstance(value, list | tuple):
+            flags += map(str, value)
+        elif value is not True:
+            flags.append(str(value))
+    return flags

@@ -1,0 +1,179 @@
+"""The runtime without a thread or a process of its own: coroutines on one server, for one event loop."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+
+from asyncep.batching.errors import OptionError
+from asyncep.batching.generate import GenerateClient, ServerApi
+from asyncep.batching.labels import LabelScores, LabelSet
+from asyncep.batching.probes import Answerer
+from asyncep.batching.scorer import Scorer
+from asyncep.batching.server_facts import ServerFacts, ask_server
+from asyncep.batching.tokens import TextTokens, chat_surroundings, tokens_for
+from asyncep.classify.scoring import offsets_of
+from asyncep.classify.template import Template
+from asyncep.runtime.results import Classification, Ranked, Score, TokenLogProbs
+from asyncep.runtime.task import Task, TaskOptions
+
+RERANK_TEMPLATE = "Query: {query}\n\nDocument: {document}\n\nIs the document relevant to the query, yes or no?\nAnswer:"
+
+
+@dataclass(frozen=True)
+class Session:
+    """One server, its tokenizer and the lanes to its ranks. `open_session` makes one."""
+
+    scorer: Scorer
+    tokens: TextTokens
+    client: ServerApi | None
+
+    @property
+    def facts(self) -> ServerFacts:
+        """What is known of the server."""
+        return self.scorer.facts
+
+    async def prepare(self, options: TaskOptions) -> Task:
+        """Tokenizes labels, renders the chat format, measures the calibration.
+
+        Raises:
+            OptionError: options that cannot be used, naming the argument.
+            ServerError: the server failed.
+        """
+        options.check()
+        template = Template.parse(options.template, list(options.labels), list(options.examples) or None)
+        if options.chat:
+            if self.client is None:
+                raise OptionError("chat: needs a server, which has the model's chat template")
+            template = Template(*await chat_surroundings(self.client, template.before, template.after, options.system))
+        # Written after the prompt with a space before, as text continues.
+        ids = await self.tokens.encode([f" {label}" for label in options.labels], special=False)
+        task = Task(tuple(options.labels), LabelSet(ids, length=options.length), template, special=not options.chat)
+        if not options.calibrate:
+            return task
+        scored = [s for s in await self.scores(list(options.calibrate), task) if isinstance(s, LabelScores)]
+        if len(scored) < len(options.calibrate):
+            raise OptionError("calibrate: a neutral text cannot be scored; is it empty or too long?")
+        return replace(task, offsets=offsets_of([s.scores for s in scored], task.labels))
+
+    async def scores(self, texts: Sequence[str], task: Task) -> list[LabelScores | str]:
+        """Label scores of each text, or why there are none."""
+        good = [number for number, text in enumerate(texts) if isinstance(text, str) and text.strip()]
+        prompts = await self.tokens.encode([task.template.render(texts[n]) for n in good], special=task.special)
+        found = await self.scorer.score(prompts, task.label_set)
+        results = [_unusable(text) for text in texts]
+        for number, result in zip(good, found, strict=True):
+            results[number] = result
+        return results
+
+    async def classify(self, texts: Sequence[str], task: Task) -> list[Classification]:
+        """The label of each text; see `Runtime.classify`."""
+        return [task.decide(scores) for scores in await self.scores(texts, task)]
+
+    async def logprobs(self, prompts: Sequence[str | Sequence[int]], token_ids: Sequence[int]) -> list[TokenLogProbs]:
+        """See `Runtime.logprobs`."""
+        found = await self.scorer.score(await self._ids(prompts), _one_token_each(token_ids, "token_ids"))
+        return [TokenLogProbs((), s) if isinstance(s, str) else TokenLogProbs(s.scores) for s in found]
+
+    async def score(
+        self,
+        query: str | Sequence[int],
+        items: Sequence[str | Sequence[int]],
+        label_token_ids: Sequence[int],
+        *,
+        apply_softmax: bool = True,
+        item_first: bool = False,
+    ) -> list[Score]:
+        """See `Runtime.score`."""
+        prompts = [_joined(query, item, item_first) for item in items]
+        found = await self.scorer.score(await self._ids(prompts), _one_token_each(label_token_ids, "label_token_ids"))
+        return [_score(scores, apply_softmax) for scores in found]
+
+    async def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        template: str = RERANK_TEMPLATE,
+        answers: tuple[str, str] = ("yes", "no"),
+        top_n: int | None = None,
+        chat: bool = False,
+    ) -> list[Ranked]:
+        """See `Runtime.rerank`."""
+        if template.count("{document}") != 1 or "{query}" not in template:
+            raise OptionError("template: {document} is needed once and {query} at least once")
+        head, tail = template.split("{document}")
+        # Text of a query is never taken for a place: only the template's own braces are.
+        around = (head.replace("{query}", query), tail.replace("{query}", query))
+        task = await self.prepare(TaskOptions(answers, "{text}", chat=False))
+        plain = Template(*around)
+        if chat:
+            if self.client is None:
+                raise OptionError("chat: needs a server, which has the model's chat template")
+            plain = Template(*await chat_surroundings(self.client, plain.before, plain.after, None))
+        found = await self.classify(documents, replace(task, template=plain, special=not chat))
+        ranked = [
+            Ranked(number, documents[number], None if c.error else c.probabilities[answers[0]], c.error)
+            for number, c in enumerate(found)
+        ]
+        ranked.sort(key=lambda entry: (entry.score is None, -(entry.score or 0.0), entry.index))
+        return ranked[:top_n]
+
+    async def _ids(self, prompts: Sequence[str | Sequence[int]]) -> list[Sequence[int]]:
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        encoded = iter(await self.tokens.encode(texts))
+        return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+
+@contextlib.asynccontextmanager
+async def open_session(url: str, *, api_key: str | None = None, in_flight: int = 2) -> AsyncIterator[Session]:
+    """A session with the server at `url`.
+
+    Raises:
+        ServerError: no server there, or none of SGLang's kind.
+    """
+    async with GenerateClient(url, api_key=api_key) as client:
+        facts = await ask_server(client)
+        tokens = await tokens_for(client, facts.tokenizer)
+        async with Scorer(client, facts, in_flight=in_flight) as scorer:
+            yield Session(scorer, tokens, client)
+
+
+@contextlib.asynccontextmanager
+async def session_with(answerer: Answerer, tokens: TextTokens, facts: ServerFacts) -> AsyncIterator[Session]:
+    """A session with something else than a server."""
+    async with Scorer(answerer, facts) as scorer:
+        yield Session(scorer, tokens, None)
+
+
+def _unusable(text: object) -> LabelScores | str:
+    if not isinstance(text, str):
+        return f"a string is needed, not {type(text).__name__}"
+    return "the text is empty"
+
+
+def _joined(query: str | Sequence[int], item: str | Sequence[int], item_first: bool) -> str | Sequence[int]:
+    if isinstance(query, str) and isinstance(item, str):
+        return item + query if item_first else query + item
+    if isinstance(query, str) or isinstance(item, str):
+        raise OptionError("query, items: give both as text or both as token ids")
+    return [*item, *query] if item_first else [*query, *item]
+
+
+def _one_token_each(token_ids: Sequence[int], argument: str) -> LabelSet:
+    try:
+        return LabelSet([[token] for token in token_ids])
+    except OptionError:
+        raise OptionError(f"{argument}: at least one is needed, and each once, not {list(token_ids)}") from None
+
+
+def _score(scores: LabelScores | str, apply_softmax: bool) -> Score:
+    if isinstance(scores, str):
+        return Score((), (), scores)
+    logs = scores.scores
+    highest = max(logs)
+    weights = [math.exp(log - highest) for log in logs] if apply_softmax else [math.exp(log) for log in logs]
+    total = sum(weights) if apply_softmax else 1.0
+    return Score(tuple(weight / total for weight in weights), logs)

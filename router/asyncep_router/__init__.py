@@ -1,0 +1,1 @@
+"""Prefix-aware dispatch of prefill-only requests: pure policy, a ZeroMQ face and an HTTP face."""

@@ -1,0 +1,81 @@
+"""The saturation gate: which ranks may take work, as sets of ranks.
+
+T is the FLOPs of a batch from which the gather of the next layer's experts hides behind the compute of
+this one (MISSION: T = t_EP F gamma). A rank is *saturated* at or above T of outstanding FLOPs, and
+*open* while it has less than `inflight_target` times T: the batch it computes and the one it takes next.
+More would only bind requests to a rank earlier than need be.
+"""
+
+from __future__ import annotations
+
+from asyncep_router.errors import ConfigError, IntegrityError, UnknownRankError
+
+
+class Gate:
+    """Sets of ranks by how full they are; `note` keeps them up to date.
+
+    `alive` may take work; `idle` have none; `unsaturated` are below T; `open` below the limit. The last
+    three are subsets of `alive`, and idle ⊆ unsaturated ⊆ open.
+    """
+
+    def __init__(self, inflight_target: float) -> None:
+        if inflight_target < 1:
+            raise ConfigError(f"inflight_target={inflight_target!r}: below 1 no rank could ever saturate")
+        self._target = inflight_target
+        self._threshold: dict[int, float] = {}
+        self._outstanding: dict[int, int] = {}
+        self.alive = 0
+        self.idle = 0
+        self.unsaturated = 0
+        self.open = 0
+
+    def join(self, rank: int, threshold: float) -> None:
+        """A rank starts to take work; `threshold` is T in FLOPs of a whole pass."""
+        self._outstanding.setdefault(rank, 0)
+        self.alive |= 1 << rank
+        self.set_threshold(rank, threshold)
+
+    def leave(self, rank: int) -> None:
+        """It takes no more work; `join` lets it again."""
+        self.alive &= ~(1 << rank)
+        self._sort(rank)
+
+    def set_threshold(self, rank: int, threshold: float) -> None:
+        """T of a rank, FLOPs of a whole pass."""
+        if not threshold > 0:
+            raise ConfigError(f"threshold of rank {rank}={threshold!r}: must be above 0")
+        self._threshold[rank] = threshold
+        self._sort(rank)
+
+    def threshold(self, rank: int) -> float:
+        """T of a rank, FLOPs of a whole pass. Raises `UnknownRankError`."""
+        try:
+            return self._threshold[rank]
+        except KeyError:
+            raise UnknownRankError(f"rank {rank} never joined") from None
+
+    def note(self, rank: int, outstanding: int) -> None:
+        """The rank's outstanding FLOPs changed."""
+        self._outstanding[rank] = outstanding
+        self._sort(rank)
+
+    def fill(self, rank: int) -> float:
+        """Outstanding FLOPs over T."""
+        return self._outstanding[rank] / self._threshold[rank]
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` unless the sets nest."""
+        if self.idle & ~self.unsaturated or self.unsaturated & ~self.open or self.open & ~self.alive:
+            raise IntegrityError(
+                f"idle {self.idle:b}, below T {self.unsaturated:b}, open {self.open:b}, alive {self.alive:b}"
+            )
+
+    def _sort(self, rank: int) -> None:
+        bit = 1 << rank
+        others = ~bit
+        here = self.alive & bit
+        load = self._outstanding.get(rank, 0)
+        threshold = self._threshold[rank]
+        self.idle = self.idle & others | (here if load <= 0 else 0)
+        self.unsaturated = self.unsaturated & others | (here if load < threshold else 0)
+        self.open = self.open & others | (here if load < threshold * self._target else 0)

@@ -1,0 +1,44 @@
+"""When to try again and how long to wait before: exponential backoff with jitter. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from asyncep_router.errors import ConfigError
+
+RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
+"""Answers of a worker after which another attempt may succeed. Prefill changes nothing, so repeating is safe."""
+
+WORKER_FAULTS = frozenset({500, 502, 503, 504})
+"""Those that count against the worker; 408 and 429 say that it is busy, not that it is broken."""
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """At most `retries` attempts after the first; times in seconds. `jitter` is a share of the delay, both ways."""
+
+    retries: int = 5
+    initial: float = 0.05
+    longest: float = 30.0
+    multiplier: float = 1.5
+    jitter: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name, least in (("retries", 0), ("initial", 0), ("longest", 0), ("multiplier", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"retry {name}={getattr(self, name)!r}: must be at least {least}")
+        if not 0 <= self.jitter <= 1:
+            raise ConfigError(f"retry jitter={self.jitter!r}: must lie in 0..1")
+
+    def delay(self, attempt: int, draw: float) -> float | None:
+        """Seconds to wait after the `attempt`-th failure (from 0), or None: no attempt is left.
+
+        `draw` lies in 0..1 and is the caller's chance.
+        """
+        if attempt >= self.retries:
+            return None
+        try:
+            base = min(self.initial * self.multiplier**attempt, self.longest)
+        except OverflowError:
+            base = self.longest
+        return min(base * (1 + self.jitter * (2 * draw - 1)), self.longest)

@@ -1,0 +1,432 @@
+"""The frontend: which request goes to which rank, and when. Events in, instructions out.
+
+Pure and deterministic: no clock, no socket, no randomness. Feed it `submit`, `report`, `rank_joined`,
+`rank_died`, `apply_event` and the like; call `poll` after each, send what it returns, and call it again
+at `next_wakeup` if nothing happens before.
+
+`placing.py` decides between ranks and in which order waiting requests are served. Before it is asked, requests
+for a named rank go to it, and requests whose deadline has come go to the best rank, both without regard to how
+full it is.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from asyncep_router.block_chain import block_chain
+from asyncep_router.config import Limits
+from asyncep_router.errors import DuplicateRequestError, IntegrityError, UnknownRankError
+from asyncep_router.gate import Gate
+from asyncep_router.ledger import Charge, Ledger
+from asyncep_router.messages import Dispatch, Reason
+from asyncep_router.pending import Entry, PendingQueue
+from asyncep_router.placing import Placing
+from asyncep_router.ranks import members
+
+if TYPE_CHECKING:
+    from asyncep_router.cost import ModelCost
+    from asyncep_router.kv_events import KVEvent
+    from asyncep_router.messages import BatchReport, Request
+    from asyncep_router.prefix import PrefixView
+
+
+@dataclass(slots=True)
+class Counters:
+    """Running totals for metrics; requests unless named otherwise."""
+
+    submitted: int = 0
+    dispatched: int = 0
+    finished: int = 0
+    aborted: int = 0
+    returned: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    charged_flops: int = 0
+    saved_flops: int = 0
+
+
+class Frontend:
+    """The policy with its books. Not thread-safe: one owner calls it.
+
+    `cost` is the model's, `view` what the ranks hold (a `PrefixView`), `limits` the settings.
+    """
+
+    def __init__(self, cost: ModelCost, view: PrefixView, limits: Limits | None = None) -> None:
+        self.cost = cost
+        self.view = view
+        self.limits = limits or Limits()
+        self.ledger = Ledger()
+        self.gate = Gate(self.limits.inflight_target)
+        self.placing = Placing(cost, view, self.limits, self.ledger, self.gate)
+        self.counters = Counters()
+        self.reasons: dict[Reason, int] = dict.fromkeys(Reason, 0)
+        self._levels: dict[int, PendingQueue] = {}  # by priority, highest first
+        self._pinned: dict[int, OrderedDict[str, Entry]] = {}
+        self._waiting: dict[str, Entry] = {}
+        self._flying: dict[str, Entry] = {}
+        self._deadlines: list[tuple[float, int, str]] = []
+        self._arrivals: list[tuple[float, int, str]] = []
+        self._caching = 0
+        self._seq = 0
+
+    # Ranks
+
+    def rank_joined(self, rank: int, *, caches: bool = True, cache_tokens: int | None = None) -> None:
+        """A rank takes work from now on, with an empty cache if it is new or comes back from death.
+
+        `caches`: False for a rank without a prefix cache (KV-free mode). `cache_tokens`: its cache's size.
+        """
+        if rank < 0:
+            raise UnknownRankError(f"rank {rank} is below 0")
+        self.ledger.open(rank)
+        known = rank in self._pinned
+        self._pinned.setdefault(rank, OrderedDict())
+        self.gate.join(rank, self.gate.threshold(rank) if known else self.limits.default_threshold)
+        self._caching = self._caching & ~(1 << rank) | (caches << rank)
+        self.view.set_capacity(rank, cache_tokens)
+
+    def rank_died(self, rank: int) -> list[Request]:
+        """The rank is gone with everything in it. Its requests wait again, in their original order.
+
+        Returns them, for the log. Requests for that rank by name keep waiting for it to come back.
+        """
+        self.gate.leave(rank)
+        charges = self.ledger.take_back_all(rank)
+        self.gate.note(rank, 0)
+        self.view.remove_rank(rank)
+        for level in self._levels.values():
+            level.forget_rank(rank)
+        entries = sorted((self._landed(charge) for charge in charges), key=_by_seq)
+        self.placing.claimed[rank] = 0
+        for entry in entries:
+            self._wait(entry)
+        self.counters.returned += len(entries)
+        if any(entry.request.pinned is not None for entry in entries):
+            self._pinned[rank] = OrderedDict(
+                (entry.request.rid, entry) for entry in sorted(self._pinned[rank].values(), key=_by_seq)
+            )
+        return [entry.request for entry in entries]
+
+    def set_accepting(self, rank: int, accepting: bool) -> None:
+        """Drain a rank (False) or let it take work again. What it has in flight stays there."""
+        if accepting:
+            self.gate.join(rank, self.gate.threshold(rank))
+        else:
+            self.gate.threshold(rank)  # raises if it never joined
+            self.gate.leave(rank)
+
+    def set_threshold(self, rank: int, layer_flops: float) -> None:
+        """T as the rank calibrated it: FLOPs per layer and batch from which its gather hides."""
+        self.gate.set_threshold(rank, self.cost.threshold_flops(layer_flops))
+
+    def cache_cleared(self, rank: int) -> None:
+        """The rank's cache was flushed."""
+        self.view.clear(rank)
+        for level in self._levels.values():
+            level.forget_rank(rank)
+
+    def apply_event(self, rank: int, event: KVEvent) -> None:
+        """A rank's cache reports what it stored or dropped."""
+        self.view.apply_event(rank, event)
+
+    # Requests
+
+    def submit(self, request: Request, now: float) -> None:
+        """A request arrives. Raises `DuplicateRequestError`, `UnknownRankError` (pinned to no rank)."""
+        rid = request.rid
+        if rid in self._waiting or rid in self._flying:
+            raise DuplicateRequestError(f"{rid!r} is pending or in flight already")
+        if request.pinned is not None and request.pinned not in self._pinned:
+            raise UnknownRankError(f"{rid!r} asks for rank {request.pinned}, which never joined")
+        entry = Entry(request, self._seq, self._chain(request))
+        self._seq += 1
+        self.counters.submitted += 1
+        self._wait(entry)
+
+    def report(self, report: BatchReport, now: float) -> list[Charge]:
+        """A rank finished a batch. Returns the charges settled."""
+        done = self.ledger.settle(report)
+        for charge in done:
+            self._landed(charge)
+        self.gate.note(report.rank, self.ledger.account(report.rank).outstanding)
+        self.counters.finished += len(done)
+        return done
+
+    def abort(self, rid: str = "", *, prefix: bool = False, everything: bool = False) -> list[Request]:
+        """Withdraw waiting requests: one id, all ids that begin with `rid`, or everything.
+
+        Returns those withdrawn: they were never sent, and answering them is up to the caller. Requests in
+        flight stay charged until their rank reports them or `abandon` is called.
+        """
+        if everything:
+            entries = list(self._waiting.values())
+        elif prefix:
+            entries = [entry for name, entry in self._waiting.items() if name.startswith(rid)]
+        else:
+            entries = [self._waiting[rid]] if rid in self._waiting else []
+        for entry in entries:
+            self._unwait(entry)
+        self.counters.aborted += len(entries)
+        return [entry.request for entry in entries]
+
+    def in_flight(self, rid: str = "", *, everything: bool = False) -> list[str]:
+        """Ids of requests in flight that begin with `rid`, or of all."""
+        return [name for name in self._flying if everything or name.startswith(rid)]
+
+    def abandon(self, rid: str) -> bool:
+        """A request in flight will not be reported (its rank dropped it). True if it was in flight."""
+        charge = self.ledger.take_back(rid)
+        if charge is None:
+            return False
+        self._landed(charge)
+        self.gate.note(charge.rank, self.ledger.account(charge.rank).outstanding)
+        self.counters.aborted += 1
+        return True
+
+    def send_back(self, rid: str) -> bool:
+        """A request in flight could not be delivered: it waits again, in its old place."""
+        charge = self.ledger.take_back(rid)
+        if charge is None:
+            return False
+        self.gate.note(charge.rank, self.ledger.account(charge.rank).outstanding)
+        self.counters.returned += 1
+        self._wait(self._landed(charge))
+        return True
+
+    # Decisions
+
+    def poll(self, now: float) -> list[Dispatch]:
+        """Everything that is to be sent now. Charged already; the caller only sends."""
+        out: list[Dispatch] = []
+        for rank in members(self.gate.alive):
+            while self._pinned[rank]:
+                entry = next(iter(self._pinned[rank].values()))
+                out.append(self._dispatch(entry, rank, Reason.PINNED, now))
+        if not self.gate.alive:
+            return out
+        self._serve_overdue(now, out)
+        if self._holding(now):
+            return out
+
+        def send(entry: Entry, rank: int, reason: Reason) -> None:
+            out.append(self._dispatch(entry, rank, reason, now))
+
+        old = now - self.limits.starve_after
+        levels = list(self._levels.items())
+        self.placing.serve_starving([level for _, level in levels[1:]], old, send)
+        for priority, level in levels:
+            if level:
+                self.placing.serve(level, old, send)
+            if not level:
+                del self._levels[priority]
+        return out
+
+    def next_wakeup(self, now: float) -> float | None:
+        """When `poll` could have something to say without any event before; None if never."""
+        times = []
+        if self.gate.alive:
+            deadline = self._first(self._deadlines)
+            if deadline is not None:
+                times.append(max(deadline, now))
+            if self._holding(now):
+                arrival = self._first(self._arrivals)
+                if arrival is not None:
+                    times.append(arrival + self.limits.max_wait)
+            patience = self.limits.starve_after
+            since = (since for level in self._levels.values() for _, since in level.parked_groups())
+            times += [start + patience for start in since if start + patience > now]
+        return min(times, default=None)
+
+    # Looking in
+
+    @property
+    def pending(self) -> int:
+        """Requests that wait in the router."""
+        return len(self._waiting)
+
+    def where(self, rid: str) -> int | None:
+        """The rank a request was sent to; None if it waits or is unknown."""
+        return self.ledger.rank_of(rid)
+
+    def requests_in_flight(self, rank: int) -> list[str]:
+        """Ids of what a rank has not reported yet, in order of dispatch."""
+        return list(self.ledger.account(rank).in_flight)
+
+    def snapshot(self) -> dict[str, Any]:
+        """The state as plain data, for `/router/state` and metrics. FLOPs, tokens, counts."""
+        ranks = {}
+        for rank in sorted(self._pinned):
+            account = self.ledger.account(rank)
+            threshold = self.gate.threshold(rank)
+            ranks[rank] = {
+                "accepting": bool(self.gate.alive >> rank & 1),
+                "saturated": not self.gate.unsaturated >> rank & 1,
+                "outstanding_flops": account.outstanding,
+                "threshold_flops": threshold,
+                "fill": account.outstanding / threshold,
+                "charged_flops": account.charged,
+                "settled_flops": account.settled,
+                "returned_flops": account.returned,
+                "saved_flops": account.saved_flops,
+                "requests_in_flight": len(account.in_flight),
+                "requests_pinned": len(self._pinned[rank]),
+                "view_tokens": self.view.tokens_of(rank),
+                "expected_cached_tokens": account.expected_cached,
+                "found_cached_tokens": account.found_cached,
+                "flops_per_second": account.flops_per_second,
+            }
+        counters = {name: getattr(self.counters, name) for name in Counters.__slots__}
+        return {
+            "pending": self.pending,
+            "pending_flops": self.placing.waiting_flops,
+            "view_tokens": self.view.total_tokens,
+            "unknown_reports": self.ledger.unknown_reports,
+            "reasons": {reason.value: count for reason, count in self.reasons.items()},
+            "ranks": ranks,
+            **counters,
+        }
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` if any two books disagree. Walks everything: tests and idle moments."""
+        self.ledger.check_integrity()
+        self.gate.check_integrity()
+        self.view.check_integrity()
+        for level in self._levels.values():
+            level.check_integrity()
+        queued = sum(len(level) for level in self._levels.values())
+        queued += sum(len(queue) for queue in self._pinned.values())
+        if queued != len(self._waiting):
+            raise IntegrityError(f"{queued} requests queued, {len(self._waiting)} waiting")
+        flops = sum(entry.flops for entry in self._waiting.values())
+        if flops != self.placing.waiting_flops:
+            raise IntegrityError(f"{flops} FLOPs wait, {self.placing.waiting_flops} booked")
+        counters = self.counters
+        left = counters.submitted - counters.finished - counters.aborted
+        if left != len(self._waiting) + len(self._flying):
+            raise IntegrityError(f"{left} requests are neither finished nor aborted: {counters}")
+        for rank in self._pinned:
+            account = self.ledger.account(rank)
+            flying = [self._flying[rid] for rid in account.in_flight]
+            if {block for entry in flying for block in entry.warms} != self.placing.under_way.blocks(rank):
+                raise IntegrityError(f"rank {rank}: blocks being computed are not those of its requests")
+            if self.gate.alive >> rank & 1 and (account.outstanding == 0) != bool(self.gate.idle >> rank & 1):
+                raise IntegrityError(f"rank {rank}: {account.outstanding} FLOPs outstanding, gate disagrees")
+
+    # Waiting
+
+    def _chain(self, request: Request) -> tuple[int, ...]:
+        chain = block_chain(request.token_ids, self.limits.block, request.namespace)
+        if chain:
+            return chain
+        # Shorter than a block: it shares with its equals only.
+        return (hash((request.namespace, "short", request.token_ids.tobytes())),)
+
+    def _wait(self, entry: Entry) -> None:
+        request = entry.request
+        match = self.placing.match(entry)
+        entry.flops = self.cost.flops(*self.placing.split(request, match.longest), request.logits)
+        self._waiting[request.rid] = entry
+        self.placing.waiting_flops += entry.flops
+        if request.pinned is not None:
+            self._pinned[request.pinned][request.rid] = entry
+        else:
+            self._level(request.priority).add(entry, match)
+            if request.deadline is not None:
+                heapq.heappush(self._deadlines, (request.deadline, entry.seq, request.rid))
+            if self.limits.max_wait > 0:
+                heapq.heappush(self._arrivals, (request.arrival, entry.seq, request.rid))
+
+    def _unwait(self, entry: Entry) -> None:
+        request = entry.request
+        del self._waiting[request.rid]
+        self.placing.waiting_flops -= entry.flops
+        if request.pinned is not None:
+            del self._pinned[request.pinned][request.rid]
+        elif entry.node is not None:
+            self._levels[request.priority].remove(entry)
+
+    def _level(self, priority: int) -> PendingQueue:
+        level = self._levels.get(priority)
+        if level is None:
+            level = PendingQueue(self.limits.block, self.limits.affinity)
+            self._levels[priority] = level
+            self._levels = dict(sorted(self._levels.items(), reverse=True))
+        return level
+
+    def _first(self, heap: list[tuple[float, int, str]]) -> float | None:
+        """The earliest time in a heap whose request still waits."""
+        while heap:
+            time, seq, rid = heap[0]
+            entry = self._waiting.get(rid)
+            if entry is not None and entry.seq == seq:
+                return time
+            heapq.heappop(heap)
+        return None
+
+    def _holding(self, now: float) -> bool:
+        """Whether the little work there is waits for company: every rank is idle or refuses, less than T
+        waits, and nobody has waited `max_wait` yet."""
+        if not self.limits.max_wait or self.gate.open & ~self.gate.idle or not self.gate.idle:
+            return False
+        least = min(self.gate.threshold(rank) for rank in members(self.gate.idle))
+        if self.placing.waiting_flops >= least:
+            return False
+        arrival = self._first(self._arrivals)
+        return arrival is not None and now < arrival + self.limits.max_wait
+
+    # Sending
+
+    def _serve_overdue(self, now: float, out: list[Dispatch]) -> None:
+        while (deadline := self._first(self._deadlines)) is not None and deadline <= now:
+            entry = self._waiting[self._deadlines[0][2]]
+            ranks = self.gate.unsaturated or self.gate.open or self.gate.alive
+            out.append(self._dispatch(entry, self.placing.best(entry, ranks)[0], Reason.DEADLINE, now))
+
+    def _dispatch(self, entry: Entry, rank: int, reason: Reason, now: float) -> Dispatch:
+        """Charge an entry to a rank and take it out of the queue."""
+        request = entry.request
+        bit = 1 << rank
+        held = self.placing.match(entry).held_by(rank) if self._caching & bit else 0
+        new, cached = self.placing.split(request, held)
+        # At least 1: a rank with a request in flight must never look idle.
+        flops = max(1, self.cost.flops(new, cached, request.logits))
+        saved = self.cost.flops(len(request.token_ids), 0, request.logits) - flops
+        self.ledger.charge(Charge(request.rid, rank, flops, new, cached, now), saved)
+        self.gate.note(rank, self.ledger.account(rank).outstanding)
+        claimed = self.placing.claimed.get(rank, 0) - entry.flops
+        if entry.node is not None and self._caching & bit:
+            claimed += self._levels[request.priority].serve(entry, rank)
+        self.placing.claimed[rank] = max(0, claimed)
+        self._unwait(entry)
+        if self._caching & bit and self.limits.await_prefix:
+            missing = entry.chain[held // self.limits.block :]
+            entry.warms = self.placing.under_way.begin(rank, request.rid, missing)
+        if self._caching & bit:
+            self.view.insert(rank, request.token_ids, request.namespace)
+        self._flying[request.rid] = entry
+        counters = self.counters
+        counters.dispatched += 1
+        counters.prompt_tokens += new + cached
+        counters.cached_tokens += cached
+        counters.charged_flops += flops
+        counters.saved_flops += saved
+        self.reasons[reason] += 1
+        return Dispatch(request.rid, rank, reason, cached, flops, now - request.arrival, request)
+
+    def _landed(self, charge: Charge) -> Entry:
+        """A request left its rank, finished or not: what it was computing is there, or is not coming."""
+        entry = self._flying.pop(charge.rid)
+        self.placing.under_way.end(charge.rank, entry.warms)
+        if entry.warms:
+            for level in self._levels.values():
+                if level.parked >> charge.rank & 1:
+                    level.unpark(charge.rank)
+        entry.warms = ()
+        return entry
+
+
+def _by_seq(entry: Entry) -> int:
+    return entry.seq

@@ -1,0 +1,47 @@
+"""What tests share: models, and servers that are stopped whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tiny_models
+from server import Server, start_asyncep, start_stock
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Builds each architecture's checkpoint once."""
+    built: dict[str, Path] = {}
+
+    def model(architecture: str = "qwen3_moe") -> Path:
+        if architecture not in built:
+            built[architecture] = tiny_models.build(architecture, tmp_path_factory.mktemp(architecture))
+        return built[architecture]
+
+    return model
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Starts ``asyncep serve``; every server it started is stopped at the end of the module."""
+    started: list[Server] = []
+    # Stock SGLang leaves a file of its load figures in shared memory with each start; ours leaves nothing, and
+    # test_faults.py checks that.
+    left_by_stock = set(Path("/dev/shm").glob("sglang_loads_*"))
+    stock_used = False
+
+    def starter(model: Path, *arguments: str, ranks: int = 2, stock: bool = False) -> Server:
+        nonlocal stock_used
+        stock_used |= stock
+        log = tmp_path_factory.mktemp("server") / "log.txt"
+        server = start_stock(model, log, *arguments) if stock else start_asyncep(model, log, *arguments, ranks=ranks)
+        started.append(server)
+        return server
+
+    yield starter
+    for server in started:
+        server.stop()
+    for file in set(Path("/dev/shm").glob("sglang_loads_*")) - left_by_stock if stock_used else ():
+        file.unlink(missing_ok=True)

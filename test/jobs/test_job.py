@@ -1,0 +1,235 @@
+"""Jobs on a toy model: formats, shards, limits, duplicates, settings, reports."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import fcntl
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import polars
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from toy_model import ByteTokens, ToyServer, toy_facts
+
+from asyncep.classify.rows import InputError, RowSource
+from asyncep.jobs.journal import JobError, digest_of, open_journal
+from asyncep.jobs.peak import measure_peak
+from asyncep.jobs.report import figures_of, text_report, write_html
+from asyncep.jobs.run import JobResult, JobSpec, Progress, run_job
+from asyncep.runtime.session import session_with
+from asyncep.runtime.task import TaskOptions
+
+OPTIONS = TaskOptions(["yes", "no"], "Q: {text} A:")
+
+
+def do(spec: JobSpec, server: ToyServer | None = None, **told: Any) -> JobResult:
+    async def run() -> JobResult:
+        async with session_with(server or ToyServer(), ByteTokens(), toy_facts()) as session:
+            return await run_job(spec, session, **told)
+
+    return asyncio.run(run())
+
+
+def table(rows: int) -> polars.DataFrame:
+    return polars.DataFrame(
+        {
+            "id": [f"#{i}" for i in range(rows)],
+            "text": [f"text {i}" if i % 50 != 7 else "" for i in range(rows)],
+            "gold": ["yes" if i % 3 else "no" for i in range(rows)],
+        }
+    )
+
+
+def write(frame: polars.DataFrame, path: Path) -> Path:
+    {".jsonl": frame.write_ndjson, ".csv": frame.write_csv, ".parquet": frame.write_parquet}[path.suffix](path)
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Every kind of output as flat records."""
+    if path.suffix == ".parquet":
+        return polars.read_parquet(path).to_dicts()
+    if path.suffix == ".csv":
+        with path.open(newline="") as lines:
+            return [
+                {
+                    k: None if v == "" else int(v) if k == "row" else float(v) if k[0] == "p" or "logp" in k else v
+                    for k, v in row.items()
+                }
+                for row in csv.DictReader(lines)
+            ]
+    records = []
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        probabilities = record.pop("probabilities", {})
+        logs = record.pop("log_probabilities", {})
+        record["probability"] = probabilities.get(record.get("label"))
+        for label in OPTIONS.labels:
+            record[f"p_{label}"], record[f"logp_{label}"] = probabilities.get(label), logs.get(label)
+        records.append({"error": None, "label": None, **record})
+    return records
+
+
+@pytest.mark.parametrize("kind_in", [".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("kind_out", [".jsonl", ".csv", ".parquet"])
+def test_every_format_to_every_format(tmp_path: Path, kind_in: str, kind_out: str) -> None:
+    source = write(table(130), tmp_path / f"in{kind_in}")
+    output = tmp_path / f"out{kind_out}"
+    result = do(JobSpec(RowSource(source, gold_field="gold", keep=("id",)), output, OPTIONS, part_rows=40))
+    reference = tmp_path / "reference.jsonl"
+    do(JobSpec(RowSource(write(table(130), tmp_path / "r.jsonl"), gold_field="gold", keep=("id",)), reference, OPTIONS))
+    records = read(output)
+    assert [record["row"] for record in records] == list(range(130))
+    assert records[5]["id"] == "#5"
+    for record, expected in zip(records, read(reference), strict=True):
+        assert record == expected
+    assert (result.summary.rows, result.summary.errors) == (130, 3)
+    assert [path.name for path in tmp_path.iterdir() if ".job" in path.name or ".tmp" in path.name] == []
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(0, 150), shards=st.integers(1, 4), limit=st.none() | st.integers(0, 200), size=st.integers(1, 60)
+)
+def test_shards_and_parts_cover_every_row_once(
+    tmp_path: Path, rows: int, shards: int, limit: int | None, size: int
+) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"text": f"t{i}"}) + "\n\n" for i in range(rows)))
+    wanted = list(range(rows if limit is None else min(rows, limit)))
+    numbers = []
+    for shard in range(shards):
+        source = RowSource(path, limit=limit, shard=(shard, shards))
+        windows = dict(source.windows(size))
+        mine = [row.number for window in windows.values() for row in window]
+        assert source.count() == len(mine)
+        assert all(len(window) <= size for window in windows.values())
+        # Passing over finished parts leaves the others as they were.
+        skipped = dict(source.windows(size, done={0, 2}))
+        assert skipped == {number: window for number, window in windows.items() if number not in (0, 2)}
+        numbers += mine
+    assert sorted(numbers) == wanted
+
+
+def test_a_text_is_computed_once_whereever_it_comes_again(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text {i % 70}"}) + "\n" for i in range(700)))
+    server = ToyServer()
+    result = do(JobSpec(RowSource(path), tmp_path / "out.jsonl", OPTIONS, part_rows=50), server)
+    firsts = [p for p in server.prompts if bytes(p).endswith(b"A:")]
+    assert len(firsts) == len(set(firsts)) == 70
+    assert result.total("prompts") == 70
+    assert result.summary.rows == 700
+    labels = [record["label"] for record in read(tmp_path / "out.jsonl")]
+    assert labels == labels[:70] * 10
+
+
+def test_an_unfinished_job_is_gone_on_with_only_under_the_same_settings(tmp_path: Path) -> None:
+    source = write(table(10), tmp_path / "in.jsonl")
+    spec = JobSpec(RowSource(source), tmp_path / "out.jsonl", OPTIONS)
+    with open_journal(spec.output, spec.settings("toy")) as journal:
+        journal.add_part(
+            0, b"from before\n", {"rows": 10, "errors": 0, "pairs": [], "predicted": {}, "bins": [], "reasons": {}}, {}
+        )
+    with pytest.raises(JobError, match=r"other settings \(labels, template\).*--restart"):
+        do(replace(spec, options=TaskOptions(["a", "b"], "{text}")))
+    with source.open("a") as file:
+        file.write('{"text": "one more"}\n')
+    with pytest.raises(JobError, match=r"other settings \(input\)"):
+        do(spec)
+    assert do(replace(spec, restart=True)).summary.rows == 11
+    assert len(read(spec.output)) == 11
+
+
+def test_two_processes_do_not_work_on_one_job(tmp_path: Path) -> None:
+    spec = JobSpec(RowSource(write(table(3), tmp_path / "in.jsonl")), tmp_path / "out.jsonl", OPTIONS)
+    folder = tmp_path / "out.jsonl.job"
+    folder.mkdir()
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(JobError, match="another process works on this job"):
+            do(spec)
+    assert do(spec).summary.rows == 3
+
+
+def test_a_broken_record_says_how_to_begin_anew(tmp_path: Path) -> None:
+    spec = JobSpec(RowSource(write(table(3), tmp_path / "in.jsonl")), tmp_path / "out.jsonl", OPTIONS)
+    folder = tmp_path / "out.jsonl.job"
+    folder.mkdir()
+    (folder / "state.sqlite").write_bytes(b"not a database" * 100)
+    with pytest.raises(JobError, match="--restart"):
+        do(spec)
+    assert do(replace(spec, restart=True)).summary.rows == 3
+
+
+def test_journal_remembers_answers(tmp_path: Path) -> None:
+    digests = [digest_of(str(i)) for i in range(1200)]
+    with open_journal(tmp_path / "o", {}) as journal:
+        journal.remember([(digest, [float(i), -1.5]) for i, digest in enumerate(digests[:1100])], {"rows": 1.0})
+    with open_journal(tmp_path / "o", {}) as journal:
+        found = journal.known(digests)
+        assert len(found) == 1100
+        assert found[digests[7]] == (7.0, -1.5)
+        assert journal.figures() == [{"rows": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("out.xlsx", "give a .jsonl, .csv or .parquet file to write"), ("gone/out.jsonl", None)],
+)
+def test_outputs(tmp_path: Path, name: str, words: str | None) -> None:
+    spec = JobSpec(RowSource(write(table(3), tmp_path / "in.jsonl")), tmp_path / name, OPTIONS)
+    if words is None:
+        assert do(spec).summary.rows == 3
+    else:
+        with pytest.raises(InputError, match=words):
+            do(spec)
+
+
+def test_kept_fields_do_not_collide(tmp_path: Path) -> None:
+    source = RowSource(write(table(3), tmp_path / "in.jsonl"), keep=("label",))
+    with pytest.raises(InputError, match="--keep: the output has a column label"):
+        do(JobSpec(source, tmp_path / "out.csv", OPTIONS))
+
+
+def test_progress_and_report(tmp_path: Path) -> None:
+    seen: list[int] = []
+    source = RowSource(write(table(200), tmp_path / "in.jsonl"), gold_field="gold")
+    page = tmp_path / "report.html"
+
+    def tell(progress: Progress) -> None:
+        seen.append(progress.rows)
+
+    result = do(
+        JobSpec(source, tmp_path / "out.jsonl", OPTIONS, part_rows=64),
+        on_progress=tell,
+        on_done=lambda done: write_html(page, done),
+    )
+    assert seen[0] == 0
+    assert seen[-1] == 200
+    assert seen == sorted(seen)
+    summary = result.summary
+    records = [record for record in read(tmp_path / "out.jsonl") if record["label"]]
+    hits = sum(record["label"] == record["gold"] for record in records)
+    assert summary.accuracy == hits / len(records)
+    assert sum(entry.rows for entry in summary.bins) == len(records)
+    assert sum(entry.hits for entry in summary.bins) == hits
+    figures = figures_of(result)
+    assert figures["accuracy"] == pytest.approx(summary.accuracy, abs=1e-5)
+    assert figures["rows"] == 200
+    assert "flops" not in figures
+    text = page.read_text()
+    for words in ("Confusion", "Calibration", "data:image/svg+xml", "&#39;text&#39; is empty", "prefix cache"):
+        assert words in text
+    assert "accuracy 0." in text_report(result)[0]
+
+
+def test_peak_of_this_host_is_measured() -> None:
+    peak = measure_peak()
+    assert peak is not None
+    assert 1e8 < peak < 1e17

@@ -1,0 +1,58 @@
+"""The hook of SGLang's experts on CUDA, as a process with Triton's interpreter runs it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from asyncep_kernels.moe.table import ExpertTable
+
+CONFIG: dict[str, Any] = {
+    "activation": "silu",
+    "is_gated": True,
+    "gemm1_alpha": None,
+    "gemm1_clamp_limit": None,
+    "swiglu_limit": None,
+    "apply_router_weight_on_input": False,
+    "no_combine": False,
+    "routed_scaling_factor": None,
+}
+
+
+def method(**changed: Any) -> SimpleNamespace:
+    """The part of ``UnquantizedFusedMoEMethod`` that the hook looks at."""
+    config = SimpleNamespace(**{**CONFIG, **changed})
+    return SimpleNamespace(moe_runner_config=config, with_bias=False, w13_swiglu_interleaved=False)
+
+
+def layer(w13: torch.Tensor, w2: torch.Tensor) -> SimpleNamespace:
+    """The part of ``FusedMoE`` likewise."""
+    return SimpleNamespace(layer_id=3, w13_weight=w13, w2_weight=w2)
+
+
+def forward(
+    hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor
+) -> list[torch.Tensor]:
+    """The same batch through the parameters, then with the odd experts in one slot, then in another."""
+    from asyncep_sgl.cuda_operators import around_forward_cuda
+
+    def stock(*_: Any) -> Any:
+        raise AssertionError("SGLang's own operator was called")
+
+    dispatched = SimpleNamespace(hidden_states=hidden, hidden_states_scale=None, topk_output=(weights, ids.int(), None))
+    whole = layer(w13, w2)
+    found = [around_forward_cuda(stock, method(), whole, dispatched).hidden_states.clone()]
+    gathered = layer(w13.clone(), w2.clone())
+    slots = []
+    for _ in range(2):
+        sides = [[side[e].clone() if e % 2 else side[e] for e in range(len(side))] for side in (w13, w2)]
+        slots.append(ExpertTable(*sides))
+    gathered.w13_weight[1::2] = float("nan")
+    gathered.w2_weight[1::2] = float("nan")
+    for slot in (*slots, slots[0]):
+        gathered.asyncep_experts = slot
+        found.append(around_forward_cuda(stock, method(), gathered, dispatched).hidden_states.clone())
+    assert len(gathered.asyncep_pointers) == 2, "addresses are made once a slot"
+    return found

@@ -1,0 +1,199 @@
+"""`asyncep plan`: the choice where it is known, what would change it, and every wrong flag by name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncep.cli import main as asyncep
+from asyncep.plan.command import main
+from asyncep.plan.inputs import InputError, read_cluster, read_link, read_model, read_workload
+from asyncep.plan.planner import Planner
+from asyncep.sim import hardware
+from asyncep.sim.skew import ExpertSkew
+from asyncep.sim.steady import Profile
+from asyncep.sim.work import Model
+
+QWEN = ["--model", "qwen3-235b-a22b", "--gpus", "8xh100"]
+
+
+def planned(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
+    assert main([*flags, "--json"]) == 0
+    plan: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return plan
+
+
+def test_asyncep_for_a_large_model_on_a_fast_link(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, *QWEN, "--dtype", "fp8", "--workload", "mix")
+    choice = plan["choice"]
+    assert choice["strategy"] == "asyncep"
+    assert choice["batch_tokens"] >= 8192
+    assert choice["t_ep_seconds"] > 0
+    assert 0.1 < choice["mfu"] < 0.7
+    assert choice["memory"]["total"] <= 85.5e9
+    assert [refusal["strategy"] for refusal in plan["refused"]] == ["dp"]
+    assert choice["tokens_per_second"] >= 0.97 * max(other["tokens_per_second"] for other in plan["others"])
+
+
+def test_the_group_follows_the_link(capsys: pytest.CaptureFixture[str]) -> None:
+    """A link a thousand times slower than NVLink: gathers cannot hide, a pipeline sends little and wins."""
+    plan = planned(capsys, *QWEN, "--dtype", "fp8", "--workload", "512", "--link", "0.4GB/s", "--host-memory", "0")
+    assert plan["choice"]["strategy"] == "pp"
+
+
+def test_a_model_that_fits_one_device_needs_no_group(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, "--model", "qwen3-30b-a3b", "--gpus", "1xh100")
+    assert plan["choice"]["strategy"] == "dp"
+    assert plan["changes"] == []
+
+
+def test_one_device_takes_experts_from_its_host(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, "--model", "qwen3-235b-a22b", "--gpus", "1xh100", "--host-memory", "500")
+    assert plan["choice"]["strategy"] == "asyncep"
+    assert plan["choice"]["memory"]["host"] > 380e9
+    assert plan["choice"]["threshold_tokens"] > 50_000
+
+
+def test_a_change_named_is_one_that_changes_the_choice() -> None:
+    """At the link named the other strategy is ahead, a little on this side of it it is not."""
+    model = Model.from_config("q", hardware.model_config("qwen3-235b-a22b"), "fp8")
+    cluster = hardware.cluster("h100", 8)
+    profile = Profile.of(model, read_workload("512,2048"))
+    planner = Planner(model, cluster, profile, ExpertSkew())
+    plan = planner.plan()
+    assert plan.best.strategy == "asyncep"
+    links = [change for change in plan.changes if change.quantity == "link" and change.at is not None]
+    assert links
+    for change in links:
+        assert change.at is not None
+        other = next(option for option in plan.options if option.strategy == change.strategy)
+        for factor, wins in ((1.0, True), (1.05 if change.at < change.now else 1 / 1.05, False)):
+            assert (planner._gap(plan.best, other, link=change.at * factor * 1e9) > 0) == wins
+    assert {change.quantity for change in plan.changes} == {"link", "tokens under way"}
+
+
+def test_kv_free_exactly_when_nothing_is_shared(capsys: pytest.CaptureFixture[str]) -> None:
+    assert planned(capsys, *QWEN, "--workload", "1024")["kv_free"]
+    assert not planned(capsys, *QWEN, "--workload", "few-shot")["kv_free"]
+
+
+def test_tables_and_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert asyncep(["plan", *QWEN, "--workload", "long"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("asyncep", "KV-free", "MFU", "t_EP", "to win", "tokens under way", "dp cannot run"):
+        assert words in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model", "gpt-5", "--gpus", "8xh100"], ["--model 'gpt-5'", "qwen3-30b-a3b"]),
+        (["--model", "qwen3-30b-a3b", "--gpus", "h100"], ["--gpus 'h100'", "8xh100"]),
+        (["--model", "qwen3-30b-a3b", "--gpus", "0xh100"], ["--gpus '0xh100'"]),
+        (["--model", "qwen3-30b-a3b", "--gpus", "8xv100"], ["--gpus '8xv100'", "h200"]),
+        ([*QWEN, "--link", "fast"], ["--link 'fast'", "nvlink4"]),
+        ([*QWEN, "--link", "0GB/s"], ["--link '0GB/s'"]),
+        ([*QWEN, "--between", "3 apples"], ["--between '3 apples'"]),
+        ([*QWEN, "--host-link", "-1"], ["--host-link '-1'"]),
+        ([*QWEN, "--host-memory", "-1"], ["--host-memory -1"]),
+        ([*QWEN, "--gpus-per-node", "0"], ["--gpus-per-node 0"]),
+        ([*QWEN, "--workload", "nothing"], ["--workload 'nothing'", "few-shot"]),
+        ([*QWEN, "--workload", "synthetic-tiny"], ["--workload 'synthetic-tiny'", "ultra-long"]),
+        ([*QWEN, "--workload", "0"], ["--workload '0'"]),
+        ([*QWEN, "--batch-tokens", "0"], ["--batch-tokens 0"]),
+        ([*QWEN, "--skew", "0.5"], ["--skew 0.5"]),
+        ([*QWEN, "--calibration", "/none.json"], ["--calibration /none.json"]),
+        (["--model", "qwen3-30b-a3b", "--gpus", "8xa100", "--dtype", "fp8"], ["--dtype fp8", "a100", "bf16"]),
+    ],
+)
+def test_wrong_flags_are_named(capsys: pytest.CaptureFixture[str], flags: list[str], words: list[str]) -> None:
+    if "--host-link" in flags:
+        flags = [*flags[:-2], "--host-link=-1"]
+    assert main(flags) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    for word in words:
+        assert word in printed.err
+    assert "Traceback" not in printed.err
+
+
+def test_what_fits_nowhere_is_said_with_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", "deepseek-v3", "--gpus", "2xh100", "--host-memory", "0"]) == 1
+    printed = capsys.readouterr().err
+    assert "--gpus 2xh100" in printed
+    assert "GB too much" in printed
+
+
+def test_models_from_files(tmp_path: Path) -> None:
+    config = tmp_path / "model" / "config.json"
+    config.parent.mkdir()
+    config.write_text(json.dumps(hardware.model_config("gpt-oss-120b")))
+    assert read_model(str(config.parent), "bf16").experts == 128
+    assert read_model(str(config), "fp8").itemsize == 1
+    config.write_text('{"model_type": "mamba"}')
+    with pytest.raises(InputError, match="mamba"):
+        read_model(str(config), "bf16")
+    config.write_text("[]")
+    with pytest.raises(InputError, match="no configuration"):
+        read_model(str(config), "bf16")
+
+
+def test_links_in_words_and_numbers() -> None:
+    assert read_link("--link", "nvlink4").bandwidth == 360e9
+    assert read_link("--link", "360").bandwidth == 360e9
+    assert read_link("--link", "0.76Gbit/s").bandwidth == pytest.approx(95e6)
+    assert read_link("--link", "200 MB/s").bandwidth == 200e6
+
+
+def test_clusters() -> None:
+    cluster = read_cluster("16xh200", link="100GB/s", between="ib-hdr", host=None, per_node=4, host_gb=10)
+    assert (cluster.devices, cluster.per_node, cluster.host_bytes) == (16, 4, 1e10)
+    assert (cluster.inside.bandwidth, cluster.between.bandwidth) == (100e9, 22e9)
+
+
+def test_workloads_from_files(tmp_path: Path) -> None:
+    file = tmp_path / "w.jsonl"
+    rows = [{"tokens": 300, "shared": 200, "group": "a"}, {"tokens": 500, "shared": 200, "group": "a"}, {"tokens": 64}]
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    first, second, third = read_workload(str(file))
+    assert first.token_ids[:200] == second.token_ids[:200]
+    assert first.token_ids[200:300] != second.token_ids[200:300]
+    assert (len(third.token_ids), third.group) == (64, -1)
+    file.write_text('{"input_length": 600, "hash_ids": [1, 2], "timestamp": 0}\n')
+    assert len(read_workload(str(file))[0].token_ids) == 600
+    for bad in ('{"tokens": 5, "shared": 6}', '{"text": "x"}', "nonsense", "[1]"):
+        file.write_text(bad)
+        with pytest.raises(InputError, match=r"w\.jsonl:1"):
+            read_workload(str(file))
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match=r"w\.jsonl"):
+        read_workload(str(file))
+    file.write_text("")
+    with pytest.raises(InputError, match="no requests"):
+        read_workload(str(file))
+
+
+def test_a_profile_counts_shared_prefixes_once() -> None:
+    model = Model.from_config("q", hardware.model_config("qwen3-30b-a3b"))
+    prompts = read_workload("few-shot")
+    profile = Profile.of(model, prompts)
+    assert 0.8 < profile.cached_share < 0.95
+    assert profile.batch(profile.work.tokens) == replace(profile.work)
+    assert profile.batch(1000).flops == pytest.approx(profile.work.flops * 1000 / profile.work.tokens)
+
+
+def test_planning_needs_neither_torch_nor_sglang() -> None:
+    script = """
+import sys
+from asyncep.plan.command import main
+assert main(["--model", "qwen3-30b-a3b", "--gpus", "2xh100", "--workload", "512"]) == 0
+sys.exit(", ".join({"torch", "sglang"} & set(sys.modules)) or 0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

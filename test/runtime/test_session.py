@@ -1,0 +1,165 @@
+"""The runtime's methods on a toy model, held against one label token after another."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from toy_model import ByteTokens, ToyServer, log_likelihood, next_logs, toy_facts
+
+from asyncep.batching.errors import OptionError
+from asyncep.runtime.session import RERANK_TEMPLATE, Session, session_with
+from asyncep.runtime.task import TaskOptions
+from asyncep.runtime.windows import in_order, windows
+
+T = TypeVar("T")
+
+
+def ask(work: Callable[[Session], Coroutine[Any, Any, T]]) -> T:
+    async def run() -> T:
+        async with session_with(ToyServer(), ByteTokens(), toy_facts()) as session:
+            return await work(session)
+
+    return asyncio.run(run())
+
+
+def exact(prompt: str, label: str) -> float:
+    return log_likelihood(list(prompt.encode()), list(f" {label}".encode()))
+
+
+def classify(texts: list[Any], options: TaskOptions) -> list[Any]:
+    async def work(session: Session) -> list[Any]:
+        return await session.classify(texts, await session.prepare(options))
+
+    return ask(work)
+
+
+def test_classify_takes_the_most_likely_label() -> None:
+    labels = ["red", "green", "reddish"]
+    for text, found in zip(["x", "y z"], classify(["x", "y z"], TaskOptions(labels, "Is {text}:")), strict=True):
+        expected = {label: exact(f"Is {text}:", label) for label in labels}
+        assert found.log_probabilities == pytest.approx(expected)
+        assert found.label == max(labels, key=expected.__getitem__)
+        total = sum(math.exp(score) for score in expected.values())
+        assert found.probability == pytest.approx(math.exp(expected[found.label]) / total)
+        assert found.error is None
+        assert found.tokens > 0
+
+
+def test_texts_that_cannot_be_classified_have_errors_of_their_own() -> None:
+    found = classify(["fine", "", None, "x" * 5000, "refused!", "fine"], TaskOptions(["a", "b"], "{text}"))
+    assert [result.error is None for result in found] == [True, False, False, False, False, True]
+    for result, words in zip(found[1:5], ["empty", "not NoneType", "context length", "refused"], strict=True):
+        assert words in result.error
+        assert result.label is None
+        assert result.probability is None
+    assert found[0] == found[5]
+
+
+def test_examples_and_calibration() -> None:
+    shots = (("hot", "warm"), ("ice", "cold"))
+    options = TaskOptions(["warm", "cold"], "Say.\n\nIt: {text}\nIs:", shots, calibrate=("N/A", "?"))
+    [found] = classify(["sun"], options)
+    prompt = "Say.\n\nIt: hot\nIs: warm\n\nIt: ice\nIs: cold\n\nIt: {}\nIs:"
+    raw = {label: exact(prompt.format("sun"), label) for label in options.labels}
+    neutral = {label: sum(exact(prompt.format(n), label) for n in ("N/A", "?")) / 2 for label in options.labels}
+    assert found.log_probabilities == pytest.approx(raw)
+    shifted = {label: raw[label] - neutral[label] for label in options.labels}
+    odds = shifted["warm"] - shifted["cold"]
+    assert found.probabilities["warm"] == pytest.approx(1 / (1 + math.exp(-odds)))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (TaskOptions(["a"]), "labels: at least two"),
+        (TaskOptions(["a", "a"]), "labels: at least two different"),
+        (TaskOptions(["a", "b"], examples=(("x", "c"),)), "examples: .* 'c', which is not among"),
+        (TaskOptions(["a", "b"], system="be kind"), "system: .* chat=True"),
+        (TaskOptions(["a", "b"], chat=True), "chat: needs a server"),
+        (TaskOptions(["a", "b"], "{text}", calibrate=("x" * 5000,)), "calibrate: a neutral text"),
+        (TaskOptions(["a", "b"], "no place"), "exactly once"),
+    ],
+)
+def test_options_that_cannot_be_used(options: TaskOptions, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        classify(["x"], options)
+
+
+def test_score_and_logprobs() -> None:
+    query, items, tokens = "q:", ["one", "two"], [5, 9, 200]
+    softmax = ask(lambda session: session.score(query, items, tokens))
+    plain = ask(lambda session: session.score(query, items, tokens, apply_softmax=False, item_first=True))
+    ids = ask(lambda session: session.score(list(b"q:"), [list(b"one")], tokens))
+    for item, soft, hard in zip(items, softmax, plain, strict=True):
+        after, before = (
+            next_logs(list((query + item).encode()))[tokens],
+            next_logs(list((item + query).encode()))[tokens],
+        )
+        assert soft.log_probabilities == pytest.approx(list(after))
+        assert sum(soft.values) == pytest.approx(1)
+        assert hard.values == pytest.approx([math.exp(log) for log in before])
+    assert ids[0] == softmax[0]
+    [logs, refused] = ask(lambda session: session.logprobs(["text", "no!"], tokens))
+    assert logs.log_probabilities == pytest.approx(list(next_logs(list(b"text"))[tokens]))
+    assert (refused.error, refused.log_probabilities) == ("refused", ())
+    with pytest.raises(OptionError, match="label_token_ids: at least one is needed, and each once"):
+        ask(lambda session: session.score(query, items, [1, 1]))
+    with pytest.raises(OptionError, match="query, items: give both"):
+        ask(lambda session: session.score(query, [[1, 2]], [1]))
+
+
+def test_rerank_sorts_by_the_probability_of_yes() -> None:
+    documents = ["first", "{query} in braces", "bad!", "third"]
+    found = ask(lambda session: session.rerank("cats?", documents))
+    scores = {}
+    for number, document in enumerate(documents):
+        prompt = RERANK_TEMPLATE.replace("{query}", "cats?").replace("{document}", document)
+        yes, no = exact(prompt, "yes"), exact(prompt, "no")
+        scores[number] = 1 / (1 + math.exp(no - yes))
+    assert [entry.index for entry in found] == [*sorted({0, 1, 3}, key=lambda n: -scores[n]), 2]
+    for entry in found[:3]:
+        assert entry.score == pytest.approx(scores[entry.index])
+        assert entry.document == documents[entry.index]
+    assert found[3].error == "refused"
+    assert len(ask(lambda session: session.rerank("cats?", documents, top_n=2))) == 2
+    with pytest.raises(OptionError, match=r"template: \{document\}"):
+        ask(lambda session: session.rerank("cats?", documents, template="{query}"))
+
+
+@given(st.integers(0, 50), st.integers(1, 7), st.integers(1, 3), st.booleans())
+def test_streams_keep_their_order_and_read_no_further_than_they_must(
+    items: int, size: int, ahead: int, asynchronous: bool
+) -> None:
+    taken = 0
+
+    def source() -> Iterator[int]:
+        nonlocal taken
+        for item in range(items):
+            taken += 1
+            yield item
+
+    async def asource() -> AsyncIterator[int]:
+        for item in source():
+            yield item
+
+    async def work(window: list[int]) -> list[int]:
+        # Later windows are done first.
+        for _ in range(50 - window[0]):
+            await asyncio.sleep(0)
+        return [item * 10 for item in window]
+
+    async def run() -> None:
+        number = 0
+        async for result in in_order(windows(asource() if asynchronous else source(), size), work, ahead=ahead):
+            assert result == number * 10
+            assert taken <= (number // size + ahead) * size
+            number += 1
+        assert number == items
+
+    asyncio.run(run())

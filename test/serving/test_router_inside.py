@@ -1,0 +1,191 @@
+"""The router inside the engine, on real ranks: a killed rank loses nothing, control works, idle costs nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from server import Server
+
+from asyncep_router.cost import ModelCost
+
+pytestmark = pytest.mark.server
+
+REQUESTS = 500
+LABELS = [3, 17, 101]
+NOTHING_NEW = {"max_new_tokens": 0}
+
+
+@pytest.fixture(scope="module")
+def server(serve: Callable[..., Server], tiny_model: Callable[[str], Path]) -> Server:
+    return serve(tiny_model("qwen3_moe"), "--dtype", "float32")
+
+
+def prompt(number: int) -> list[int]:
+    return [(7 * i + 31 * number) % 500 + 3 for i in range(300)]
+
+
+def metrics(server: Server) -> dict[str, float]:
+    """Samples of ``/metrics`` by name and labels."""
+    answer = httpx.get(server.url + "/metrics", timeout=30)
+    assert answer.status_code == 200
+    samples = {}
+    for family in text_string_to_metric_families(answer.text):
+        for sample in family.samples:
+            labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
+            samples[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
+    return samples
+
+
+def router(server: Server) -> dict[str, Any]:
+    found: dict[str, Any] = httpx.get(server.url + "/router/state", timeout=30).json()
+    return found
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.1)
+
+
+def test_work_is_charged_and_settled(server: Server) -> None:
+    server.log_probabilities([prompt(i) for i in range(20)], LABELS)
+    state = router(server)
+    assert state["finished"] == state["submitted"] == state["dispatched"]
+    assert state["unknown_reports"] == 0
+    for rank in state["ranks"].values():
+        assert rank["outstanding_flops"] == 0
+        assert rank["settled_flops"] == rank["charged_flops"]
+
+
+@pytest.mark.parametrize("together", ["in one body", "on 40 connections"])
+def test_a_prefix_nobody_holds_is_computed_once_for_all_who_come_together(server: Server, together: str) -> None:
+    server.post("/flush_cache", {})
+    wait_until(lambda: router(server)["view_tokens"] == 0)
+    shared = prompt(1000 + len(together))[:256]
+    prompts = [shared + [6 + i] * 20 for i in range(40)]
+
+    def cached(what: str) -> int:
+        return sum(rank[f"{what}_cached_tokens"] for rank in router(server)["ranks"].values())
+
+    expected, found = cached("expected"), cached("found")
+    if together == "in one body":
+        server.log_probabilities(prompts, LABELS)
+    else:
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            list(pool.map(lambda tokens: server.log_probabilities([tokens], LABELS), prompts))
+    # All together are less than one rank may hold: one copy of the prefix, and it is there when they come.
+    assert cached("expected") - expected == (len(prompts) - 1) * len(shared)
+    assert cached("found") - found == (len(prompts) - 1) * len(shared)
+
+
+def test_metrics_count_known_requests(server: Server, tiny_model: Callable[[str], Path]) -> None:
+    cost = ModelCost.from_config(json.loads((tiny_model("qwen3_moe") / "config.json").read_text()))
+    server.post("/flush_cache", {})
+    wait_until(lambda: router(server)["view_tokens"] == 0)
+    shared = prompt(2000)[:256]
+    before = metrics(server)
+    for i in range(5):  # one after another: the first computes what the others find
+        body = {"input_ids": shared + [6 + i] * 20, "sampling_params": NOTHING_NEW, "routed_dp_rank": 1}
+        assert server.post("/generate", body).status_code == 200
+    after = metrics(server)
+    gained = {name: value - before.get(name, 0.0) for name, value in after.items()}
+    prefix = "asyncep_router_"
+    assert gained[prefix + "prompts_submitted_total"] == gained[prefix + "prompts_finished_total"] == 5
+    assert gained[prefix + "decisions_total{reason=pinned}"] == 5
+    assert gained[prefix + "decision_seconds_count"] == gained[prefix + "decision_seconds_bucket{le=+Inf}"] == 5
+    assert gained[prefix + "prompt_tokens_total"] == 5 * 276
+    assert gained[prefix + "prefix_hit_tokens_total"] == 4 * 256
+    avoided = cost.flops(276) - cost.flops(20, 256)
+    assert gained[prefix + "redundant_flops_avoided_total"] == 4 * avoided
+    assert gained[prefix + "charged_flops_total"] == 5 * cost.flops(276) - 4 * avoided
+    assert after[prefix + "pending"] == 0
+    threshold = cost.flops(2048)  # the default of --asyncep-threshold-tokens
+    for rank in (0, 1):
+        assert after[f"{prefix}rank_flops_in_flight{{rank={rank}}}"] == 0
+        assert after[f"{prefix}rank_threshold_flops{{rank={rank}}}"] == threshold
+        assert after[f"{prefix}rank_restarts_total{{rank={rank}}}"] == 0
+        assert after[f"{prefix}rank_up{{rank={rank}}}"] == 1
+    # What a router in front of this server takes for T of its ranks.
+    assert cost.threshold_flops(server.status()["threshold_flops_per_layer"]) == pytest.approx(threshold)
+
+
+def test_a_named_rank_answers(server: Server) -> None:
+    body = {"input_ids": prompt(1), "sampling_params": NOTHING_NEW}
+    for rank in (0, 1):
+        answer = server.post("/generate", {**body, "routed_dp_rank": rank}).json()
+        assert answer["meta_info"]["dp_rank"] == rank
+    assert router(server)["reasons"]["pinned"] >= 2
+
+
+def test_a_flush_reaches_the_routers_view(server: Server) -> None:
+    server.log_probabilities([prompt(2)], LABELS)
+    assert router(server)["view_tokens"] > 0
+    assert server.post("/flush_cache", {}).status_code == 200
+    wait_until(lambda: router(server)["view_tokens"] == 0)
+
+
+def test_an_abort_is_answered(server: Server) -> None:
+    ranks = [rank["pid"] for rank in server.status()["ranks"]]
+    bodies = [
+        {"input_ids": [prompt(9000 + i + k) * 6 for k in range(4)], "sampling_params": NOTHING_NEW} for i in range(10)
+    ]
+    with ThreadPoolExecutor(10) as pool:
+        # Ranks that stand still let work pile up in the router for sure.
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            answers = [pool.submit(server.post, "/generate", body) for body in bodies]
+            wait_until(lambda: router(server)["pending"] > 0)
+            server.post("/abort_request", {"abort_all": True})
+            wait_until(lambda: router(server)["pending"] == 0)
+        finally:
+            for pid in ranks:
+                os.kill(pid, signal.SIGCONT)
+        assert {answer.result().status_code for answer in answers} <= {200, 400, 499, 500, 503}
+    assert all(rank["outstanding_flops"] == 0 for rank in router(server)["ranks"].values())
+    assert server.log_probabilities([prompt(3)], LABELS)
+
+
+def test_a_killed_rank_loses_nothing_and_comes_back(server: Server) -> None:
+    numbers = [number % 50 for number in range(REQUESTS)]
+    expected = {number: server.log_probabilities([prompt(number)], LABELS)[0] for number in set(numbers)}
+    server.post("/flush_cache", {})
+    ranks = server.status()["ranks"]
+    with ThreadPoolExecutor(64) as pool:
+        # The first token differs, so that the prefix cache cannot answer for the rank.
+        answers = [pool.submit(server.log_probabilities, [prompt(number)], LABELS) for number in numbers]
+        wait_until(lambda: router(server)["ranks"]["1"]["requests_in_flight"] > 0)
+        os.kill(ranks[1]["pid"], signal.SIGKILL)
+        for number, answer in zip(numbers, answers, strict=True):
+            assert answer.result()[0] == pytest.approx(expected[number], abs=1e-3)
+    wait_until(lambda: all(router(server)["alive"]))
+    now = server.status()["ranks"]
+    assert now[0]["pid"] == ranks[0]["pid"]
+    assert now[1]["pid"] != ranks[1]["pid"]
+    assert (now[1]["restarts"], now[1]["bytes_reread"]) == (1, 0)
+    assert metrics(server)["asyncep_router_rank_restarts_total{rank=1}"] == 1
+    answer = server.post("/generate", {"input_ids": prompt(1), "sampling_params": NOTHING_NEW, "routed_dp_rank": 1})
+    assert answer.json()["meta_info"]["dp_rank"] == 1
+
+
+def test_an_idle_router_sleeps(server: Server) -> None:
+    controller = next(p for p in server.processes() if "controller" in " ".join(p.cmdline()))
+    before = controller.cpu_times()
+    interval = 3.0
+    psutil.cpu_percent(interval=interval)
+    after = controller.cpu_times()
+    used = after.user + after.system - before.user - before.system
+    # Upstream's takes half a core to a whole one here.
+    assert used < 0.05 * interval

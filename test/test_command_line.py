@@ -1,0 +1,100 @@
+"""The command line: what is refused and with which words, what is passed on and what is added."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from asyncep_sgl.command_line import parse, parse_size, refused_flag, sglang_arguments
+from asyncep_sgl.errors import UsageError
+from asyncep_sgl.launch import batch_folder, check_batch_folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--dp-size", "0"], "--dp-size 0: at least one rank"),
+        (["--tp-size", "2"], "--tp-size 2: .*--dp-size 2"),
+        (["--ep", "4"], "--ep-size 4: .*--dp-size 4"),
+        (["--nnodes", "2"], "--dist-init-addr '': with --nnodes 2 give node 0's address as HOST:PORT"),
+        (["--nnodes", "2", "--dist-init-addr", "a:b"], "--dist-init-addr 'a:b'"),
+        (["--nnodes", "2", "--node-rank", "2"], "--node-rank 2: use 0 to 1 with --nnodes 2"),
+        (["--nnodes", "0"], "--node-rank 0: use 0 to 0 with --nnodes 0"),
+        (["--asyncep-copies", "2"], "--asyncep-copies 2: use 1 to 1, the number of hosts"),
+        (["--asyncep-gather-depth", "0"], "--asyncep-gather-depth at least 1"),
+        (
+            ["--nnodes", "2", "--dist-init-addr", "h:5000", "--asyncep-kernels", "sglang"],
+            "only our kernels read gathered experts",
+        ),
+        (["--quantization", "fp8"], "--quantization fp8: .*leave the flag out"),
+        (["--dtype", "float16"], "--dtype float16: use bfloat16 or float32"),
+        (["--port", "70000"], "--port 70000"),
+        (["--asyncep-kv-free", "--asyncep-decode", "allow"], "--asyncep-kv-free: decoding needs"),
+        (["--asyncep-resident-experts", "-1"], "--asyncep-resident-experts -1: use 0 or more"),
+    ],
+)
+def test_what_cannot_be_served_names_flag_and_fix(arguments: list[str], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        parse(["--model-path", "m", *arguments])
+
+
+def test_sglang_flags_are_passed_on_and_win_over_ours() -> None:
+    options = parse(["--model", "m", "--dp-size", "2", "--attention-backend=flex_attention", "--api-key", "k"])
+    arguments = sglang_arguments(options, cpu=True, max_total_tokens=5000)
+    assert "torch_native" not in arguments
+    assert arguments[-3:] == ["--attention-backend=flex_attention", "--api-key", "k"]
+    assert arguments[arguments.index("--max-total-tokens") + 1] == "5000"
+    assert arguments[arguments.index("--dp-size") + 1] == "2"
+
+
+def test_no_abbreviation_swallows_a_flag_of_sglangs() -> None:
+    assert parse(["--model", "m", "--dp", "3"]).passed == ("--dp", "3")
+    assert parse(["--model", "m", "--dp-size", "3"]).ranks == 3
+
+
+@pytest.mark.parametrize(("text", "nbytes"), [("64GiB", 64 << 30), ("500MB", 500_000_000), ("1k", 1000), ("12", 12)])
+def test_sizes(text: str, nbytes: int) -> None:
+    assert parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "12 parsecs", "-", "1e400"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a size"):
+        parse_size(text)
+
+
+def test_savings_are_flags_of_sglangs_that_the_user_can_overrule() -> None:
+    ours = sglang_arguments(parse(["--model", "m"]), cpu=True, max_total_tokens=None)
+    assert "--enable-tokenizer-batch-encode" in ours
+    assert ours[ours.index("--log-level-http") + 1] == "warning"
+    user = sglang_arguments(parse(["--model", "m", "--log-level-http", "info"]), cpu=True, max_total_tokens=None)
+    assert user.count("--log-level-http") == 1
+    without = parse(["--model", "m", "--asyncep-without", "batch-tokenization, no-access-log"])
+    assert without.without == ("batch-tokenization", "no-access-log")
+    bare = sglang_arguments(without, cpu=True, max_total_tokens=None)
+    assert not {"--enable-tokenizer-batch-encode", "--log-level-http"} & set(bare)
+    assert len(parse(["--model", "m", "--asyncep-without", "all"]).without) > 2
+
+
+def test_a_saving_that_is_none_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--model", "m", "--asyncep-without", "sleep"])
+    assert "'sleep' is none of direct-replies, " in capsys.readouterr().err
+
+
+def test_a_flag_nobody_knows_is_one_line_with_the_one_that_was_meant() -> None:
+    known = {"--dp-size", "--port", "--log-level"}
+    said = refused_flag("unrecognized arguments: --dp-sise 2", known)
+    assert said.startswith("asyncep serve: unrecognized arguments: --dp-sise 2; did you mean --dp-size? ")
+    assert "did you mean" not in refused_flag("unrecognized arguments: --xyz", known)
+    assert "did you mean" not in refused_flag("argument --port: invalid int value: 'x'", known)
+
+
+def test_where_batches_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert batch_folder(parse(["--model", "m", "--port", "8000"])) == tmp_path / "asyncep" / "batches" / "8000"
+    monkeypatch.chdir(tmp_path)
+    assert batch_folder(parse(["--model", "m", "--asyncep-batch-dir", "here"])) == tmp_path / "here"
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"--asyncep-batch-dir .*file/x: .*give a folder to write to"):
+        check_batch_folder(parse(["--model", "m", "--asyncep-batch-dir", "file/x"]))
