@@ -11,7 +11,9 @@ CONFIG_VARIABLE = "ASYNCEP_CONFIG"
 
 
 # What may be left out to see what it is worth (``--asyncep-without``); answers are the same without.
-Saving = Literal["direct-replies", "batch-tokenization", "rare-collections", "joined-events", "no-access-log"]
+Saving = Literal[
+    "direct-replies", "batch-tokenization", "rare-collections", "joined-events", "no-access-log", "fork-ahead"
+]
 
 
 class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -150,6 +150,8 @@ def _cpu_environment(cpus: Sequence[Sequence[int]]) -> dict[str, str]:
         **{name: os.environ.get(name, value) for name, value in COMPUTING.items()},
         # Read when torch is imported, before a rank knows which it is; the rank itself then takes its exact share.
         "OMP_NUM_THREADS": str(len(cpus[0])),
+        # NumPy's, which nothing here computes with: its pool of threads would keep a process from being forked.
+        "OPENBLAS_NUM_THREADS": "1",
         # Without it SGLang refuses more ranks than NUMA nodes.
         "SGLANG_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, share)) for share in cpus),
     }

@@ -8,6 +8,7 @@ with the seam's name.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import logging
 import os
@@ -46,6 +47,8 @@ logger = logging.getLogger(__name__)
 ROUTER_PUBLISHER = "asyncep"
 # Others have none, which is 0; higher goes first.
 _BATCH_PRIORITY = -1
+# Forked ahead for the first rank that dies; those after it are spawned.
+_SPARE_RANKS = 1
 _CONTROLLER = "sglang.srt.managers.data_parallel_controller.DataParallelController"
 
 _config: AsyncEPConfig | None = None
@@ -273,6 +276,26 @@ def admit_zero_max_tokens() -> None:
     if validators.pop("validate_max_tokens_positive", None) is None:
         raise SeamError("seam CompletionRequest.validate_max_tokens_positive is gone")
     CompletionRequest.model_rebuild(force=True)
+
+
+def fork_processes_ahead(ranks: int) -> None:
+    """Lets the front's processes, and the ranks of its controller, be forked from what the front has imported.
+
+    To be called in the front when it has imported SGLang's server and done nothing else.
+
+    Args:
+        ranks: schedulers on this host. One without a controller is the front's own child.
+    """
+    from sglang.srt.entrypoints import engine
+    from sglang.srt.managers import data_parallel_controller as controller
+
+    from asyncep_sgl.prefork import PreforkContext, fork_ahead
+
+    # It imports all models, which every rank would otherwise do for itself.
+    importlib.import_module("sglang.srt.models.registry")
+    engine.mp = controller.mp = PreforkContext()
+    # A scheduler or its controller, and the detokenizer.
+    fork_ahead(2, {controller.run_data_parallel_controller_process.__name__: ranks + _SPARE_RANKS})
 
 
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"

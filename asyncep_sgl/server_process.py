@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
 
     # First, as in sglang.launch_server: what is imported from here on is already hooked.
     load_plugins()
-    from asyncep_sgl.plugin import admit_zero_max_tokens, assert_active
+    from asyncep_sgl.plugin import admit_zero_max_tokens, assert_active, fork_processes_ahead
 
     admit_zero_max_tokens()
     from sglang.srt.entrypoints.http_server import app, launch_server
@@ -57,6 +57,8 @@ def main(arguments: list[str]) -> None:
     if config is None:
         raise SystemExit("this module is started by asyncep serve, not by hand")
     assert_active()
+    if config.cpus and "fork-ahead" not in config.without:
+        fork_processes_ahead(config.ranks)
     address = config.store_address
     _ask(address, Hello("front", os.getpid()), Welcome)
 

@@ -65,6 +65,11 @@ def test_experts_lie_in_memory_once(server: Server, tiny_model: Callable[[str], 
     assert abs(shared - status["resident_bytes"]) <= page * status["tensors"] * len(ranks)
 
 
+def test_sglang_is_imported_once(server: Server) -> None:
+    """By the front; the others are forked from it. SGLang logs this line in each process that imports its models."""
+    assert server.log.read_text().count("Ignore import error when loading sglang.srt.models.mamba") == 1
+
+
 def test_ranks_divide_the_cpus(server: Server) -> None:
     affinities = [psutil.Process(rank["pid"]).cpu_affinity() for rank in server.status()["ranks"]]
     have = len(psutil.Process().cpu_affinity() or [])
