@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
-from stock_end import ended_whole
+from stock_end import end_with_parent, ended_whole
 
 # Nobody decodes here and nobody waits for a core that polls; the rest is SGLang's default.
 _FLAGS = (
@@ -44,7 +44,9 @@ def stock_server(model: Path, flags: Sequence[str] = (), ranks: int = 1, tokens:
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port)]
     command += [*_FLAGS, "--max-total-tokens", str(tokens), *flags]
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_parent
+        )
         with ended_whole(process):
             url = f"http://127.0.0.1:{port}"
             while True:
