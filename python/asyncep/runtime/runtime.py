@@ -64,6 +64,11 @@ class Runtime:
 
         Args:
             url: such as ``http://127.0.0.1:30000``.
+
+        Example:
+            >>> with Runtime.connect(runtime.url) as other:
+            ...     len(other.tokenize(["one text", "another"]))
+            2
         """
         runtime = cls("", 1)
         runtime._model, runtime._url, runtime._api_key = None, url, api_key
@@ -296,7 +301,14 @@ class Runtime:
         apply_softmax: bool = True,
         item_first: bool = False,
     ) -> list[Score]:
-        """`score` for a caller with an event loop."""
+        """`score` for a caller with an event loop.
+
+        Example:
+            >>> async def main():
+            ...     return await runtime.ascore("Is this spam? ", ["Buy now!", "See you."], [5, 6])
+            >>> len(asyncio.run(main()))
+            2
+        """
         session, loop = self._need()
         work = session.score(query, items, label_token_ids, apply_softmax=apply_softmax, item_first=item_first)
         return await loop.start(work)
@@ -325,7 +337,15 @@ class Runtime:
         return loop.run(session.rerank(query, documents, **options))
 
     async def arerank(self, query: str, documents: Sequence[str], **options: Any) -> list[Ranked]:
-        """`rerank` for a caller with an event loop."""
+        """`rerank` for a caller with an event loop.
+
+        Example:
+            >>> async def main():
+            ...     return await runtime.arerank("big cats", ["lions", "tax law"], top_n=1)
+            >>> [ranked] = asyncio.run(main())
+            >>> ranked.document in ("lions", "tax law")
+            True
+        """
         session, loop = self._need()
         return await loop.start(session.rerank(query, documents, **options))
 
@@ -352,7 +372,15 @@ class Runtime:
         return loop.run(session.logprobs(prompts, token_ids))
 
     async def alogprobs(self, prompts: Sequence[str | Sequence[int]], token_ids: Sequence[int]) -> list[TokenLogProbs]:
-        """`logprobs` for a caller with an event loop."""
+        """`logprobs` for a caller with an event loop.
+
+        Example:
+            >>> async def main():
+            ...     return await runtime.alogprobs(["The answer is"], [5, 6, 7])
+            >>> [answer] = asyncio.run(main())
+            >>> len(answer.log_probabilities)
+            3
+        """
         session, loop = self._need()
         return await loop.start(session.logprobs(prompts, token_ids))
 
