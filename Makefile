@@ -60,6 +60,9 @@ bench-prefill: setup ## tokens/s and MFU of prefill on CPUs beside stock SGLang'
 bench-prefill-scaling: setup ## time against tokens a batch, tokens a prompt and experts, fitted and plotted
 	@$(PY) bench/prefill_scaling.py $(QUICK) $(ARGS)
 
+bench-starts: setup ## starts and restarts of ranks, with processes forked ahead and without (ARGS="--rounds 5")
+	@$(PY) bench/starts.py $(QUICK) $(ARGS)
+
 bench-processes: setup ## processor time of each process a request, with and without our savings (ARGS="--profile DIR")
 	@$(PY) bench/profile_processes.py $(QUICK) $(ARGS)
 

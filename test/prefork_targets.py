@@ -41,5 +41,5 @@ def ask(status: int = 0) -> tuple[dict[str, object], int]:
 
 
 def with_children(pipe: Connection) -> None:
-    """A process whose own processes are forked too."""
-    pipe.send((os.getpid(), ask()[0]))
+    """A process whose own processes are forked too: answers of three of them, which were forked one after the other."""
+    pipe.send((os.getpid(), [ask()[0] for _ in range(3)]))
