@@ -109,6 +109,7 @@ def parse(arguments: Sequence[str]) -> ServeOptions:
     parser.add_argument(
         "--dp-size",
         "--data-parallel-size",
+        "--dp",
         type=int,
         default=1,
         metavar="N",
@@ -116,7 +117,7 @@ def parse(arguments: Sequence[str]) -> ServeOptions:
     )
     parser.add_argument("--tp-size", "--tensor-parallel-size", "--tp", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--ep-size", "--expert-parallel-size", "--ep", type=int, default=1, help=argparse.SUPPRESS)
-    parser.add_argument("--pp-size", "--pipeline-parallel-size", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--pp-size", "--pipeline-parallel-size", "--pp", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--quantization", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=30000, help="port to listen on (default 30000)")
@@ -168,7 +169,8 @@ def parse(arguments: Sequence[str]) -> ServeOptions:
         type=int,
         default=2048,
         metavar="N",
-        help="a rank counts as saturated with the FLOPs of so many tokens in flight (default 2048)",
+        help="tokens whose FLOPs make a batch that computes well: a rank is given two of it at a time, and T, which is "
+        "measured where weights are gathered, is at least that (default 2048)",
     )
     group.add_argument(
         "--asyncep-max-wait-ms",
@@ -399,8 +401,12 @@ def refused_flag(reason: str, known: set[str]) -> str:
 
 
 def uses_our_router(options: ServeOptions) -> bool:
-    """Whether requests are placed by our router: with several ranks, unless one of SGLang's methods is asked for."""
-    return options.ranks > 1 and not any(flag.startswith("--load-balance-method") for flag in options.passed)
+    """Whether requests go through our router to the ranks: unless one of SGLang's methods is asked for.
+
+    A host with one rank among several has none: all that it could know, the router in front of the hosts does.
+    """
+    asked = any(flag.startswith("--load-balance-method") for flag in options.passed)
+    return not asked and (options.ranks > 1 or options.nodes == 1)
 
 
 def sglang_arguments(

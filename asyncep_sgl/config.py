@@ -22,7 +22,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         report_address: ZeroMQ address where ranks report finished batches and cache changes.
         state_address: ZeroMQ address that answers any message with the router's state as JSON.
-        threshold_tokens: T as the FLOPs of a prompt of so many tokens, until a rank has measured its own.
+        threshold_tokens: a batch as the FLOPs of a prompt of so many tokens; with gathers T until a rank has measured
+            its own, and never less.
         max_wait_seconds: how long little work may wait for company while a rank is idle.
         log_decisions: write a JSON line for each.
     """

@@ -284,18 +284,20 @@ def fork_processes_ahead(ranks: int) -> None:
     To be called in the front when it has imported SGLang's server and done nothing else.
 
     Args:
-        ranks: schedulers on this host. One without a controller is the front's own child.
+        ranks: schedulers on this host. One without a controller or router is the front's own child.
     """
     from sglang.srt.entrypoints import engine
     from sglang.srt.managers import data_parallel_controller as controller
 
     from asyncep_sgl.prefork import PreforkContext, fork_ahead
+    from asyncep_sgl.scheduling.one_rank import run_router_of_one_rank
 
     # It imports all models, which every rank would otherwise do for itself.
     importlib.import_module("sglang.srt.models.registry")
     engine.mp = controller.mp = PreforkContext()
-    # A scheduler or its controller, and the detokenizer.
-    fork_ahead(2, {controller.run_data_parallel_controller_process.__name__: ranks + _SPARE_RANKS})
+    # A scheduler or what starts it, and the detokenizer.
+    starters = (controller.run_data_parallel_controller_process, run_router_of_one_rank)
+    fork_ahead(2, {starter.__name__: ranks + _SPARE_RANKS for starter in starters})
 
 
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"

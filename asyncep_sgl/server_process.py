@@ -50,8 +50,11 @@ def main(arguments: list[str]) -> None:
 
     admit_zero_max_tokens()
     from sglang.srt.entrypoints.http_server import app, launch_server
+    from sglang.srt.managers.scheduler import run_scheduler_process
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
+
+    from asyncep_sgl.scheduling.one_rank import run_router_of_one_rank
 
     config = AsyncEPConfig.from_environment()
     if config is None:
@@ -117,8 +120,11 @@ def main(arguments: list[str]) -> None:
         _ask(address, Serving(url), Done)
         batches.begin()
 
+    rank: Callable[..., Any] = run_scheduler_process
+    if config.ranks == 1 and config.router is not None:
+        rank = run_router_of_one_rank
     try:
-        launch_server(server_args, launch_callback=serving)
+        launch_server(server_args, run_scheduler_process_func=rank, launch_callback=serving)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import zmq
-from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, sock_recv
+from sglang.srt.managers.io_struct import BatchTokenizedGenerateReqInput, TokenizedGenerateReqInput, sock_recv
 from sglang.srt.runtime_context import get_model, publish
 from sglang.srt.utils.network import get_zmq_socket
 
@@ -61,9 +61,10 @@ def run(server_args: Any, port_args: Any, _gpu: int, _tp: int, _pp: int, rank: i
         batch: list[Any] = []
         while len(batch) < _MOST_IN_A_BATCH:
             try:
-                batch.append(sock_recv(requests, zmq.NOBLOCK))
+                message = sock_recv(requests, zmq.NOBLOCK)
             except zmq.Again:
                 break
+            batch += message if isinstance(message, BatchTokenizedGenerateReqInput) else [message]
         batch = [each for each in batch if isinstance(each, TokenizedGenerateReqInput)]
         lengths = [len(each.input_ids) for each in batch]
         reporter.batch_done(_Batch([_Done(each.rid) for each in batch], lengths, [0] * len(batch)), 1e-3)

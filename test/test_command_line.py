@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncep_sgl.command_line import parse, parse_size, refused_flag, sglang_arguments
+from asyncep_sgl.command_line import parse, parse_size, refused_flag, sglang_arguments, uses_our_router
 from asyncep_sgl.errors import UsageError
 from asyncep_sgl.launch import batch_folder, check_batch_folder
 
@@ -48,8 +48,26 @@ def test_sglang_flags_are_passed_on_and_win_over_ours() -> None:
 
 
 def test_no_abbreviation_swallows_a_flag_of_sglangs() -> None:
-    assert parse(["--model", "m", "--dp", "3"]).passed == ("--dp", "3")
-    assert parse(["--model", "m", "--dp-size", "3"]).ranks == 3
+    assert parse(["--model", "m", "--log-level-h", "info"]).passed == ("--log-level-h", "info")
+
+
+@pytest.mark.parametrize("flag", ["--dp-size", "--data-parallel-size", "--dp"])
+def test_every_name_that_sglang_has_for_ranks_is_ours(flag: str) -> None:
+    assert parse(["--model", "m", flag, "3"]).ranks == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ours"),
+    [
+        ([], True),
+        (["--dp-size", "2"], True),
+        (["--load-balance-method", "round_robin"], False),
+        (["--nnodes", "2", "--dist-init-addr", "h:1"], False),
+        (["--nnodes", "2", "--dist-init-addr", "h:1", "--dp-size", "2"], True),
+    ],
+)
+def test_who_has_our_router(arguments: list[str], *, ours: bool) -> None:
+    assert uses_our_router(parse(["--model", "m", *arguments])) is ours
 
 
 @pytest.mark.parametrize(("text", "nbytes"), [("64GiB", 64 << 30), ("500MB", 500_000_000), ("1k", 1000), ("12", 12)])

@@ -7,19 +7,23 @@ policy has a rank for them, hears from the ranks what became of them, starts a d
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import logging
 import math
 import os
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import zmq
 from sglang.srt.managers.data_parallel_controller import DataParallelController
 from sglang.srt.managers.io_struct import (
     AbortReq,
+    BatchTokenizedGenerateReqInput,
     FlushCacheReqInput,
+    TokenizedGenerateReqInput,
     sock_recv,
     sock_send,
     unwrap_from_pickle,
@@ -53,6 +57,8 @@ decisions = logging.getLogger("asyncep.decisions")
 _GULP = 256
 # A request is not sent to another rank after this many had it when they died.
 _MOST_DEATHS = 3
+# T of a host that gathers nothing, in tokens: so little is not worth a second rank's batch.
+_SPREAD_TOKENS = 256
 # Upstream's watchdog wants to be fed now and then even when nothing happens.
 _LONGEST_SLEEP_SECONDS = 5.0
 
@@ -110,8 +116,18 @@ class RouterController(DataParallelController):  # type: ignore[misc] # upstream
         self._state.bind(config.router.state_address)
 
         cost = ModelCost.from_config(read_config(get_model().model_path, get_model().revision))
-        threshold = cost.flops(config.router.threshold_tokens)
-        limits = Limits(max_wait=config.router.max_wait_seconds, default_threshold=threshold)
+        saturating = batch = config.router.threshold_tokens
+        if not config.group.gathers:
+            # No batch is too small to hide a gather: work is spread at once.
+            saturating = min(saturating, _SPREAD_TOKENS)
+            if config.transport != "host":
+                # A GPU wants more than a core; batches are what SGLang makes of them there.
+                batch = max(batch, get_schedule().chunked_prefill_size or 0)
+        limits = Limits(
+            max_wait=config.router.max_wait_seconds,
+            default_threshold=cost.flops(saturating),
+            least_batch=cost.flops(batch),
+        )
         # Twice what all ranks can hold: prefixes under way count as held before they are.
         budget = 2 * self.launch_dp_size * self.max_total_num_tokens
         self.frontend = Frontend(cost, new_view(budget, get_schedule().page_size or 1), limits)
@@ -142,7 +158,10 @@ class RouterController(DataParallelController):  # type: ignore[misc] # upstream
 
     def _join(self, rank: int) -> None:
         self.frontend.rank_joined(
-            rank, caches=not get_memory().disable_radix_cache, cache_tokens=self.max_total_num_tokens
+            rank,
+            caches=not get_memory().disable_radix_cache,
+            cache_tokens=self.max_total_num_tokens,
+            gathers=self.config.group.gathers,
         )
 
     def _rank_died(self, rank: int, now: float) -> None:
@@ -253,21 +272,36 @@ class RouterController(DataParallelController):  # type: ignore[misc] # upstream
         # A socket whose only peer is gone would block the whole router.
         return bool(self.status[rank] and self.workers[rank].poll(0, zmq.POLLOUT))
 
-    def _send(self, dispatch: Dispatch) -> None:
-        if not self._reachable(dispatch.rank):
+    def _send(self, dispatches: Sequence[Dispatch]) -> None:
+        """What goes to a rank in one turn goes as one message: the rank sees it at once, for its next batch."""
+        for rank, company in itertools.groupby(sorted(dispatches, key=_rank_of), _rank_of):
+            self._send_to(rank, list(company))
+
+    def _send_to(self, rank: int, dispatches: Sequence[Dispatch]) -> None:
+        if not self._reachable(rank):
             # It has died and its end has not been read yet; the next turn of the loop takes everything back.
-            self.frontend.send_back(dispatch.rid)
-            self.frontend.set_accepting(dispatch.rank, False)
+            for dispatch in dispatches:
+                self.frontend.send_back(dispatch.rid)
+            self.frontend.set_accepting(rank, False)
             return
-        req = dispatch.request.payload
-        stats = DPControllerReqTimeStats.new_from_obj(unwrap_from_pickle(req.time_stats))
-        stats.set_dp_dispatch_time()
-        req.time_stats = wrap_as_pickle(stats)
-        sock_send(self.workers[dispatch.rank], req)
-        req.time_stats = stats
-        stats.set_dp_dispatch_finish_time()
+        requests = [dispatch.request.payload for dispatch in dispatches]
+        times = []
+        for req in requests:
+            stats = DPControllerReqTimeStats.new_from_obj(unwrap_from_pickle(req.time_stats))
+            stats.set_dp_dispatch_time()
+            times.append(stats)
+            req.time_stats = wrap_as_pickle(stats)
+        if len(requests) > 1 and all(isinstance(req, TokenizedGenerateReqInput) for req in requests):
+            sock_send(self.workers[rank], BatchTokenizedGenerateReqInput(batch=requests))
+        else:
+            for req in requests:
+                sock_send(self.workers[rank], req)
+        for req, stats in zip(requests, times, strict=True):
+            req.time_stats = stats
+            stats.set_dp_dispatch_finish_time()
         if self.config.router is not None and self.config.router.log_decisions:
-            decisions.info("%s", json.dumps(_decision(dispatch)))
+            for dispatch in dispatches:
+                decisions.info("%s", json.dumps(_decision(dispatch)))
 
     def send_control_message(self, obj: Any) -> None:
         """Everything that is no request goes to all ranks; what concerns waiting requests is also done here."""
@@ -312,8 +346,7 @@ class RouterController(DataParallelController):  # type: ignore[misc] # upstream
             if self._wake_read in ready:
                 self._take_posts(now)
             self._take_requests()
-            for dispatch in self._decide():
-                self._send(dispatch)
+            self._send(self._decide())
             if self._state in ready:
                 self._state.recv()
                 self._state.send(json.dumps(self.state()).encode())
@@ -350,8 +383,8 @@ class RouterController(DataParallelController):  # type: ignore[misc] # upstream
                 for rid in message.rids if self._deaths_with else ():
                     self._deaths_with.pop(rid, None)
             elif isinstance(message, Threshold):
-                # Below the default a batch is too small to compute well, however fast its gathers are.
-                floor = self.frontend.cost.threshold_per_layer(self.frontend.limits.default_threshold)
+                # Less is too small to compute well, however fast its gathers are.
+                floor = self.frontend.cost.threshold_per_layer(self.frontend.limits.least_batch)
                 self.frontend.set_threshold(message.rank, max(message.layer_flops, floor))
             else:
                 for event in decode_batch(message.payload).events:
@@ -363,9 +396,14 @@ class RouterController(DataParallelController):  # type: ignore[misc] # upstream
         found["alive"] = [bool(self.status[rank]) for rank in range(self.launch_dp_size)]
         found["restarts"] = [self._restarted[rank] for rank in range(self.launch_dp_size)]
         found["decision_seconds"] = self._decision_seconds.snapshot()
-        lowest = min(rank["threshold_flops"] for rank in found["ranks"].values())
+        # For a router in front, which has one figure for when a rank is full and for what it is given.
+        lowest = min(rank["batch_flops"] for rank in found["ranks"].values())
         found["threshold_flops_per_layer"] = self.frontend.cost.threshold_per_layer(lowest)
         return found
+
+
+def _rank_of(dispatch: Dispatch) -> int:
+    return dispatch.rank
 
 
 def _logit_positions(req: Any) -> int:

@@ -13,9 +13,10 @@ RULES = frozenset(("F1", "F2", "F3"))
 class Limits:
     """How the frontend weighs waiting against placing.
 
-    `inflight_target`: a rank is given work while it has less than this many T outstanding; 2 is the batch
-    it computes and the next one.
-    `max_wait`: seconds a request may be held for company while less than T of work waits for an idle rank.
+    `inflight_target`: a rank is given work while it has less than this many batches outstanding; 2 is the one it
+    computes and the next one. A batch is T, or `least_batch` FLOPs where that is more: T may be next to nothing where
+    no weights are gathered, and batches of that would compute badly.
+    `max_wait`: seconds a request may be held for company while less than a batch of work waits for an idle rank.
     0 sends at once: then no rank is ever idle while work waits.
     `starve_after`: seconds from which a waiting request goes before others of its rank and priority class,
     and before higher classes; and seconds it waits at most for a rank to compute a prefix.
@@ -24,7 +25,7 @@ class Limits:
     `block`: tokens by which the pending queue compares prompts. Placement itself is exact to a page.
     `await_prefix`: hold requests back from a rank that is still computing their prefix. Without it they would
     often land in the same batch and compute the prefix once each.
-    `await_share`: share of T that all who wait for a prefix must save together for them to wait; it stands for
+    `await_share`: share of a batch that all who wait for a prefix must save together for them to wait; it stands for
     the gap between a rank's report and its next request.
     `without`: rules that are left out, of F1 (the longest prefix), F2 (net FLOPs: a prefix is charged to everyone
     instead) and F3 (fill a rank to T: the least full one instead), to measure what each is worth.
@@ -38,11 +39,18 @@ class Limits:
     block: int = 128
     await_prefix: bool = True
     await_share: float = 1 / 64
+    least_batch: float = 0.0
     default_threshold: float = 1e15
     without: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        for name, least in (("inflight_target", 1), ("max_wait", 0), ("starve_after", 0), ("block", 1)):
+        for name, least in (
+            ("inflight_target", 1),
+            ("max_wait", 0),
+            ("starve_after", 0),
+            ("block", 1),
+            ("least_batch", 0),
+        ):
             if not getattr(self, name) >= least:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be at least {least}")
         for name in ("affinity", "await_share"):

@@ -2,8 +2,9 @@
 
 T is the FLOPs of a batch from which the gather of the next layer's experts hides behind the compute of
 this one (MISSION: T = t_EP F gamma). A rank is *saturated* at or above T of outstanding FLOPs, and
-*open* while it has less than `inflight_target` times T: the batch it computes and the one it takes next.
-More would only bind requests to a rank earlier than need be.
+*open* while it has less than `inflight_target` batches: the one it computes and the one it takes next.
+More would only bind requests to a rank earlier than need be. A batch is T, but not less than what computes
+well: where nothing is gathered T is small, so that work is spread at once, and batches are not.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ class Gate:
     three are subsets of `alive`, and idle ⊆ unsaturated ⊆ open.
     """
 
-    def __init__(self, inflight_target: float) -> None:
+    def __init__(self, inflight_target: float, least_batch: float = 0.0) -> None:
         if inflight_target < 1:
             raise ConfigError(f"inflight_target={inflight_target!r}: below 1 no rank could ever saturate")
         self._target = inflight_target
+        self._least_batch = least_batch
         self._threshold: dict[int, float] = {}
         self._outstanding: dict[int, int] = {}
         self.alive = 0
@@ -54,6 +56,14 @@ class Gate:
         except KeyError:
             raise UnknownRankError(f"rank {rank} never joined") from None
 
+    def batch(self, rank: int) -> float:
+        """FLOPs of a batch of a rank that has enough to do. Raises `UnknownRankError`."""
+        return max(self.threshold(rank), self._least_batch)
+
+    def limit(self, rank: int) -> float:
+        """FLOPs from which on a rank is given no more. Raises `UnknownRankError`."""
+        return self.batch(rank) * self._target
+
     def note(self, rank: int, outstanding: int) -> None:
         """The rank's outstanding FLOPs changed."""
         self._outstanding[rank] = outstanding
@@ -78,4 +88,4 @@ class Gate:
         threshold = self._threshold[rank]
         self.idle = self.idle & others | (here if load <= 0 else 0)
         self.unsaturated = self.unsaturated & others | (here if load < threshold else 0)
-        self.open = self.open & others | (here if load < threshold * self._target else 0)
+        self.open = self.open & others | (here if load < self.limit(rank) else 0)

@@ -15,18 +15,19 @@ another, in this order, and repeats until nothing more fits:
 3.  ranks below T take requests of which another rank holds only the lesser part;
 4.  no rank being idle, ranks below T take requests that have waited `starve_after` for a prefix they are still
     computing;
-5.  ranks at T but not yet at `inflight_target` T take requests whose prefix they hold;
+5.  ranks at T but not yet at `inflight_target` batches take requests whose prefix they hold;
 6.  an idle rank takes whatever there is, from the group with the most work per token of prefix: computing a
     prefix twice costs less than a device that stands still. But not company of a prefix that is still being
     computed, as long as the rank that computes it has room for all such company: then one copy is enough;
-7.  all ranks being at T, those below `inflight_target` T take requests whose prefix nobody holds.
+7.  all ranks being at T, those below `inflight_target` batches take requests whose prefix nobody holds.
 
 Two refinements, both measured in `simulate.py`. In 1 and 5 a prefix that is still being computed does not
 count as held (`await_prefix`): the prompts of one batch cannot use each other's prefixes, so a prefix's
 first request goes ahead, among those of other groups, and its company follows when that batch is reported.
 A rank computes its batches one after another, so company sent earlier would begin no earlier; it would only
 share the batch of the first. What waiting can cost is the way of the report and back; a prefix that costs
-less to repeat (`await_share`) does not hold anybody up. And in 2 and 7 a rank that has more than a batch of
+less to repeat (`await_share`) does not hold anybody up, nor does any while all there is makes less than one batch of
+T on a rank that gathers: two batches would take twice as long. And in 2 and 7 a rank that has more than a batch of
 work waiting beyond what it may hold takes no new groups: the first request of a group commits the rank to the
 rest of it.
 """
@@ -57,7 +58,7 @@ class Placing:
     """Decides by what the given books say, and changes none of them but by `send`.
 
     `claimed`: FLOPs waiting that a rank is committed to, roughly. `waiting_flops`: FLOPs of all that waits. Both are
-    kept by the owner, as is `under_way`.
+    kept by the owner, as are `under_way` and `gathering`: ranks for which a batch below T takes as long as one of T.
     """
 
     def __init__(self, cost: ModelCost, view: PrefixView, limits: Limits, ledger: Ledger, gate: Gate) -> None:
@@ -69,6 +70,7 @@ class Placing:
         self.under_way = UnderWay()
         self.claimed: dict[int, int] = {}
         self.waiting_flops = 0
+        self.gathering = 0
 
     def serve(self, level: PendingQueue, old: float, send: Send) -> None:
         """The seven steps of the module's text for one priority class, until none of them finds anything.
@@ -136,10 +138,14 @@ class Placing:
 
     def _pays_to_wait(self, entry: Entry, rank: int) -> float | None:
         """Since when `rank` has been computing the entry's prefix, if it saves more than the gap that waiting leaves
-        that everybody who waits for it does not compute it as well; else None."""
+        that everybody who waits for it does not compute it as well; else None. While all there is makes less than T,
+        nothing is saved on a rank that gathers."""
+        everything = self.ledger.account(rank).outstanding + self.waiting_flops
+        if self.gathering >> rank & 1 and everything < self.gate.threshold(rank):
+            return None
         company = len(entry.group.queue) if entry.group is not None else 1
         saved = self._recomputed(entry, rank) * company
-        if saved <= self.limits.await_share * self.gate.threshold(rank):
+        if saved <= self.limits.await_share * self.gate.batch(rank):
             return None
         return self.ledger.account(rank).in_flight[self.under_way.computed_by(rank, entry.chain)].at
 
@@ -150,7 +156,7 @@ class Placing:
         for rank in members(level.parked & self.gate.alive):
             load = self.ledger.account(rank).outstanding
             load += sum(self._company_flops(group) for group, _ in level.parked_groups(rank))
-            if load <= self.limits.inflight_target * self.gate.threshold(rank):
+            if load <= self.gate.limit(rank):
                 roomy |= 1 << rank
         overdue = self._overdue(level, old)
         return lambda group: not group.parked & roomy & ~overdue.get(id(group), 0)
@@ -227,14 +233,13 @@ class Placing:
     def _committed(self, ranks: int) -> int:
         """Those of `ranks` with their fair share of all work, or a batch beyond what they may hold if that
         is more, in flight and waiting for them."""
-        batches = self.limits.inflight_target + 1
         alive = list(members(self.gate.alive))
         everything = self.waiting_flops + sum(self.ledger.account(rank).outstanding for rank in alive)
         share = everything / len(alive)
         committed = 0
         for rank in members(ranks):
             load = self.ledger.account(rank).outstanding + self.claimed.get(rank, 0)
-            if load >= max(share, batches * self.gate.threshold(rank)):
+            if load >= max(share, self.gate.limit(rank) + self.gate.batch(rank)):
                 committed |= 1 << rank
         return committed
 

@@ -59,7 +59,7 @@ class Frontend:
         self.view = view
         self.limits = limits or Limits()
         self.ledger = Ledger()
-        self.gate = Gate(self.limits.inflight_target)
+        self.gate = Gate(self.limits.inflight_target, self.limits.least_batch)
         self.placing = Placing(cost, view, self.limits, self.ledger, self.gate)
         self.counters = Counters()
         self.reasons: dict[Reason, int] = dict.fromkeys(Reason, 0)
@@ -74,10 +74,13 @@ class Frontend:
 
     # Ranks
 
-    def rank_joined(self, rank: int, *, caches: bool = True, cache_tokens: int | None = None) -> None:
+    def rank_joined(
+        self, rank: int, *, caches: bool = True, cache_tokens: int | None = None, gathers: bool = False
+    ) -> None:
         """A rank takes work from now on, with an empty cache if it is new or comes back from death.
 
         `caches`: False for a rank without a prefix cache (KV-free mode). `cache_tokens`: its cache's size.
+        `gathers`: its T is what hides a gather, so that a batch below T takes as long as one of T.
         """
         if rank < 0:
             raise UnknownRankError(f"rank {rank} is below 0")
@@ -86,6 +89,7 @@ class Frontend:
         self._pinned.setdefault(rank, OrderedDict())
         self.gate.join(rank, self.gate.threshold(rank) if known else self.limits.default_threshold)
         self._caching = self._caching & ~(1 << rank) | (caches << rank)
+        self.placing.gathering = self.placing.gathering & ~(1 << rank) | (gathers << rank)
         self.view.set_capacity(rank, cache_tokens)
 
     def rank_died(self, rank: int) -> list[Request]:
@@ -266,6 +270,7 @@ class Frontend:
                 "saturated": not self.gate.unsaturated >> rank & 1,
                 "outstanding_flops": account.outstanding,
                 "threshold_flops": threshold,
+                "batch_flops": self.gate.batch(rank),
                 "fill": account.outstanding / threshold,
                 "charged_flops": account.charged,
                 "settled_flops": account.settled,
@@ -367,11 +372,11 @@ class Frontend:
         return None
 
     def _holding(self, now: float) -> bool:
-        """Whether the little work there is waits for company: every rank is idle or refuses, less than T
+        """Whether the little work there is waits for company: every rank is idle or refuses, less than a batch
         waits, and nobody has waited `max_wait` yet."""
         if not self.limits.max_wait or self.gate.open & ~self.gate.idle or not self.gate.idle:
             return False
-        least = min(self.gate.threshold(rank) for rank in members(self.gate.idle))
+        least = min(self.gate.batch(rank) for rank in members(self.gate.idle))
         if self.placing.waiting_flops >= least:
             return False
         arrival = self._first(self._arrivals)

@@ -19,10 +19,10 @@ BLOCK = 16
 THOUSAND = COST.flops(1000)
 
 
-def frontend(ranks: int = 2, threshold: float = 4 * THOUSAND, **limits: Any) -> Frontend:
+def frontend(ranks: int = 2, threshold: float = 4 * THOUSAND, gathers: bool = False, **limits: Any) -> Frontend:
     front = Frontend(COST, BlockView(10**7, BLOCK), Limits(block=BLOCK, default_threshold=threshold, **limits))
     for rank in range(ranks):
-        front.rank_joined(rank)
+        front.rank_joined(rank, gathers=gathers)
     return front
 
 
@@ -107,6 +107,27 @@ def test_light_load_is_gathered_on_one_rank() -> None:
     front = frontend(8)
     sent = [run(front, request(f"r{i}", prompt(i, 500, 0, 0)))[0] for i in range(4)]
     assert len({d.rank for d in sent}) == 1
+
+
+def test_where_t_is_small_work_is_spread_at_once_and_batches_are_not_small() -> None:
+    front = frontend(2, threshold=THOUSAND / 4, least_batch=2 * THOUSAND, inflight_target=2)
+    few = run(front, *(request(f"few{i}", prompt(i, 400, 0, 0)) for i in range(2)))
+    assert {d.rank for d in few} == {0, 1}
+    run(front, *(request(f"many{i}", prompt(2 + i, 1000, 0, 0)) for i in range(10)))
+    for rank in (0, 1):
+        assert 4 * THOUSAND <= front.ledger.account(rank).outstanding < 5 * THOUSAND
+    assert front.pending == 12 - len(front.ledger.account(0).in_flight) - len(front.ledger.account(1).in_flight)
+
+
+@pytest.mark.parametrize(("gathers", "company", "at_once"), [(False, 3, 1), (True, 3, 4), (True, 40, 1)])
+def test_company_waits_for_its_prefix_where_that_saves_time(gathers: bool, company: int, at_once: int) -> None:
+    front = frontend(1, threshold=4 * THOUSAND, gathers=gathers)
+    sent = run(front, request("first", prompt(0, 1600, 0, 32)))
+    sent += run(front, *(request(f"r{i}", prompt(0, 1600, 1 + i, 128)) for i in range(company)))
+    # With little work in all, a second batch would take as long as the first, however little is in it.
+    assert len(sent) == at_once
+    done(front, *sent)
+    assert len(front.poll(1.0)) == 1 + company - at_once
 
 
 def test_idle_ranks_take_turns_by_what_they_were_charged() -> None:
@@ -379,6 +400,12 @@ def test_snapshot_shows_what_operators_need() -> None:
 
 
 def test_bad_settings_are_named() -> None:
-    for setting in ({"inflight_target": 0.5}, {"affinity": 2}, {"block": 0}, {"default_threshold": 0}):
+    for setting in (
+        {"inflight_target": 0.5},
+        {"affinity": 2},
+        {"block": 0},
+        {"default_threshold": 0},
+        {"least_batch": -1},
+    ):
         with pytest.raises(ConfigError, match=next(iter(setting))):
             Limits(**setting)  # type: ignore[arg-type]

@@ -28,13 +28,20 @@ class FrontendMachine(RuleBasedStateMachine):
     """Drives two equal frontends: what one does the other must do too (determinism)."""
 
     max_wait = 0.0
+    least_batch = 0.0
 
     def view(self) -> PrefixView:
         return BlockView(400, BLOCK)
 
     def __init__(self) -> None:
         super().__init__()
-        limits = Limits(block=BLOCK, default_threshold=COST.flops(40), starve_after=PATIENCE, max_wait=self.max_wait)
+        limits = Limits(
+            block=BLOCK,
+            default_threshold=COST.flops(40),
+            starve_after=PATIENCE,
+            max_wait=self.max_wait,
+            least_batch=self.least_batch,
+        )
         self.fronts = [Frontend(COST, self.view(), limits) for _ in range(2)]
         self.now = 0.0
         self.next = 0
@@ -183,9 +190,10 @@ class FrontendMachine(RuleBasedStateMachine):
 
 
 class WaitingMachine(FrontendMachine):
-    """The same promises when requests may wait for company."""
+    """The same promises when requests may wait for company, and batches are more than T."""
 
     max_wait = 2.0
+    least_batch = float(COST.flops(120))
 
 
 class RadixMachine(FrontendMachine):

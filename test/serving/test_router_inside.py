@@ -31,6 +31,12 @@ def server(serve: Callable[..., Server], tiny_model: Callable[[str], Path]) -> S
     return serve(tiny_model("qwen3_moe"), "--dtype", "float32")
 
 
+@pytest.fixture(scope="module")
+def lone(serve: Callable[..., Server], tiny_model: Callable[[str], Path]) -> Server:
+    """A server with one rank."""
+    return serve(tiny_model("qwen3_moe"), "--dtype", "float32", ranks=1)
+
+
 def prompt(number: int) -> list[int]:
     return [(7 * i + 31 * number) % 500 + 3 for i in range(300)]
 
@@ -111,14 +117,14 @@ def test_metrics_count_known_requests(server: Server, tiny_model: Callable[[str]
     assert gained[prefix + "redundant_flops_avoided_total"] == 4 * avoided
     assert gained[prefix + "charged_flops_total"] == 5 * cost.flops(276) - 4 * avoided
     assert after[prefix + "pending"] == 0
-    threshold = cost.flops(2048)  # the default of --asyncep-threshold-tokens
+    threshold, batch = cost.flops(256), cost.flops(2048)  # nothing is gathered; --asyncep-threshold-tokens
     for rank in (0, 1):
         assert after[f"{prefix}rank_flops_in_flight{{rank={rank}}}"] == 0
         assert after[f"{prefix}rank_threshold_flops{{rank={rank}}}"] == threshold
         assert after[f"{prefix}rank_restarts_total{{rank={rank}}}"] == 0
         assert after[f"{prefix}rank_up{{rank={rank}}}"] == 1
     # What a router in front of this server takes for T of its ranks.
-    assert cost.threshold_flops(server.status()["threshold_flops_per_layer"]) == pytest.approx(threshold)
+    assert cost.threshold_flops(server.status()["threshold_flops_per_layer"]) == pytest.approx(batch)
 
 
 def test_a_named_rank_answers(server: Server) -> None:
@@ -189,3 +195,27 @@ def test_an_idle_router_sleeps(server: Server) -> None:
     used = after.user + after.system - before.user - before.system
     # Upstream's takes half a core to a whole one here.
     assert used < 0.05 * interval
+
+
+def test_a_lone_rank_computes_a_common_prefix_once(lone: Server) -> None:
+    shared = prompt(1)[:256]
+    body = {"input_ids": [shared + [6 + i] * 20 for i in range(40)], "sampling_params": NOTHING_NEW}
+    cached = sorted(answer["meta_info"]["cached_tokens"] for answer in lone.post("/generate", body).json())
+    assert cached == [0] + [len(shared)] * 39
+    assert router(lone)["finished"] >= 40
+
+
+def test_a_lone_rank_that_is_killed_loses_nothing(lone: Server) -> None:
+    numbers = [number % 20 for number in range(100)]
+    expected = {number: lone.log_probabilities([prompt(number)], LABELS)[0] for number in set(numbers)}
+    lone.post("/flush_cache", {})
+    rank = lone.status()["ranks"][0]
+    with ThreadPoolExecutor(16) as pool:
+        answers = [pool.submit(lone.log_probabilities, [prompt(number)], LABELS) for number in numbers]
+        wait_until(lambda: router(lone)["ranks"]["0"]["requests_in_flight"] > 0)
+        os.kill(rank["pid"], signal.SIGKILL)
+        for number, answer in zip(numbers, answers, strict=True):
+            assert answer.result()[0] == pytest.approx(expected[number], abs=1e-3)
+    now = lone.status()["ranks"][0]
+    assert (now["restarts"], now["bytes_reread"]) == (1, 0)
+    assert now["pid"] != rank["pid"]

@@ -28,7 +28,7 @@ class ServerFacts:
         tokenizer: its tokenizer's folder or name, as it sees it.
         model: the same for its model.
         cost: what passes cost; tokens where the model's configuration is out of reach.
-        threshold: T, FLOPs a batch has to reach (in the unit of `cost`).
+        threshold: FLOPs a batch has to reach (in the unit of `cost`): T, or what computes well if that is more.
     """
 
     ranks: int
@@ -88,11 +88,14 @@ async def _if_there(client: ServerApi, path: str) -> dict[str, Any]:
 
 
 def _threshold(state: dict[str, Any]) -> int | None:
-    """T as a router says it: the largest of its ranks'."""
+    """The FLOPs of a batch as a router says it: the largest of its ranks'."""
     ranks = state.get("ranks") or {}
     if not isinstance(ranks, dict):
         ranks = (state.get("placement") or {}).get("ranks") or {}
-    return max((int(rank.get("threshold_flops") or 0) for rank in ranks.values()), default=0) or None
+    return (
+        max((int(rank.get("batch_flops") or rank.get("threshold_flops") or 0) for rank in ranks.values()), default=0)
+        or None
+    )
 
 
 def cost_of(model: str) -> Cost:

@@ -206,7 +206,12 @@ def frontend(deployment: Deployment, lanes: int, **limits: Any) -> Frontend:
     placer = Frontend(deployment.model.cost, BlockView(1 << 40, page), Limits(**settings))
     for rank in range(lanes):
         caches = deployment.limits.cache_tokens >= page
-        placer.rank_joined(rank, caches=caches, cache_tokens=deployment.limits.cache_tokens if caches else None)
+        placer.rank_joined(
+            rank,
+            caches=caches,
+            cache_tokens=deployment.limits.cache_tokens if caches else None,
+            gathers=deployment.strategy.startswith("asyncep"),
+        )
         placer.set_threshold(rank, deployment.threshold)
     return placer
 

@@ -230,7 +230,7 @@ class Fleet:
             # The lowest free number: rank sets are bits of an integer and should stay short.
             rank = next(number for number in range(len(self.by_rank) + 1) if number not in self.by_rank)
             self.by_rank[rank] = (worker, dp_rank)
-            self._desk.placement.join(rank, threshold, info.cache_tokens, info.caches)
+            self._desk.placement.join(rank, threshold, info.cache_tokens, info.caches, info.gathers)
             ranks.append(rank)
         worker.ranks = tuple(ranks)
 

@@ -36,8 +36,9 @@ class Placement(Protocol):
     def pending(self) -> int:
         """Requests that wait here."""
 
-    def join(self, rank: int, threshold: float, cache_tokens: int | None, caches: bool) -> None:
-        """A rank is there, not accepting yet. `threshold`: FLOPs of a pass that saturate it."""
+    def join(self, rank: int, threshold: float, cache_tokens: int | None, caches: bool, gathers: bool) -> None:
+        """A rank is there, not accepting yet. `threshold`: FLOPs of a pass that saturate it; if it `gathers` weights,
+        less takes as long."""
 
     def accept(self, rank: int, accepting: bool, trial: bool = False) -> None:
         """Let it take work or not; on `trial` one request at a time."""
@@ -127,9 +128,9 @@ class FrontendPlacement:
     def pending(self) -> int:
         return self.frontend.pending
 
-    def join(self, rank: int, threshold: float, cache_tokens: int | None, caches: bool) -> None:
+    def join(self, rank: int, threshold: float, cache_tokens: int | None, caches: bool, gathers: bool) -> None:
         self._thresholds[rank] = threshold
-        self.frontend.rank_joined(rank, caches=caches, cache_tokens=cache_tokens)
+        self.frontend.rank_joined(rank, caches=caches, cache_tokens=cache_tokens, gathers=gathers)
         self.frontend.gate.set_threshold(rank, threshold)
         self.frontend.set_accepting(rank, False)
 
@@ -201,7 +202,7 @@ class BaselinePlacement:
     def pending(self) -> int:
         return len(self._waiting)
 
-    def join(self, rank: int, threshold: float, cache_tokens: int | None, caches: bool) -> None:
+    def join(self, rank: int, threshold: float, cache_tokens: int | None, caches: bool, gathers: bool) -> None:
         self._known.add(rank)
         self._load.setdefault(rank, 0)
         self._flops.setdefault(rank, 0)

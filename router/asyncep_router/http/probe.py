@@ -52,6 +52,7 @@ def read(model: dict[str, Any], server: dict[str, Any], ours: dict[str, Any]) ->
         chunk_tokens=chunk if isinstance(chunk, int) and chunk > 0 else 0,
         multi_item=bool(server.get("enable_mis", False)),
         layer_threshold=float(ours.get("threshold_flops_per_layer") or 0),
+        gathers=bool(ours.get("gathers")),
         version=server.get("version"),
     )
 

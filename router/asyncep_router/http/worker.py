@@ -27,7 +27,8 @@ class WorkerInfo:
     """What a server says of itself. `ranks`: data-parallel ranks. `cache_tokens`: size of a rank's cache,
     None if unknown. `chunk_tokens`: tokens of its largest prefill batch, 0 if unknown.
     `multi_item`: it packs items of a score request into one sequence (`--enable-mis`).
-    `layer_threshold`: T in FLOPs per layer, if it was measured, else 0.
+    `layer_threshold`: T in FLOPs per layer, if it says one, else 0. `gathers`: it gathers weights for each batch, and
+    T is what hides that.
     """
 
     model_path: str | None = None
@@ -42,6 +43,7 @@ class WorkerInfo:
     chunk_tokens: int = 0
     multi_item: bool = False
     layer_threshold: float = 0.0
+    gathers: bool = False
     version: str | None = None
 
 
