@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 PEER ?= build/peer-router
+VLLM ?= build/peer-vllm
 .DEFAULT_GOAL := help
 .PHONY: $(shell sed -nE 's/^([a-z-]+):.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
@@ -54,8 +55,9 @@ bench-jobs: setup ## jobs: machinery, kills, and rows/s beside stock SGLang and 
 bench-gather: setup ## the gather over a limited link between two emulated hosts, and from disk (needs root; ARGS="--plot FILE")
 	@$(PY) bench/gather.py $(QUICK) $(ARGS)
 
-bench-prefill: setup ## tokens/s and MFU of prefill on CPUs beside stock SGLang's layouts (ARGS="--rounds 3")
-	@$(PY) bench/prefill.py $(QUICK) $(ARGS)
+bench-prefill: setup ## tokens/s and MFU of prefill on CPUs beside stock SGLang's layouts and vLLM (ARGS="--rounds 3")
+	@$(if $(QUICK),,scripts/peer_vllm.sh $(VLLM) || true)
+	@$(PY) bench/prefill.py --vllm $(VLLM) $(QUICK) $(ARGS)
 
 bench-prefill-scaling: setup ## time against tokens a batch, tokens a prompt and experts, fitted and plotted
 	@$(PY) bench/prefill_scaling.py $(QUICK) $(ARGS)

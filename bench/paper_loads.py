@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 import orjson
-from router_load import Answers, Load, send
+from router_load import Answers, Load, send, session
 
 from asyncep.demo.news import TOPICS, sample_articles
 from asyncep.demo.task import GUIDE, QUESTION
@@ -28,12 +28,11 @@ from asyncep_router.traces import read_trace
 from asyncep_router.workloads import TimedPrompt, conversations
 
 PAGE = 16
-CLIENTS = 256
 MIX_LENGTHS = 1 / 4
 SYNTHETIC_LENGTHS = 1 / 16
 MIX, LONG = "mix", "long"
 # Requests of each of the four lengths: 32, 256, 2,048 and 8,192 tokens.
-SYNTHETIC = {"short": 768, "medium": 192, "long": 28, "ultra-long": 6}
+SYNTHETIC = {"short": 768, "medium": 192, "long": 36, "ultra-long": 4}
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Size:
     text: int
 
 
-FULL = Size(mix=0.008, synthetic=1.0, conversations=20, text=30)
+FULL = Size(mix=0.02, synthetic=1.0, conversations=12, text=15)
 QUICK = Size(mix=0.0003, synthetic=0.05, conversations=2, text=1)
 
 
@@ -71,11 +70,11 @@ def make_loads(size: Size, cost: ModelCost, vocabulary: int, seed: int, trace: P
 
 
 def load_of(name: str, prompts: Sequence[TimedPrompt], cost: ModelCost, vocabulary: int) -> Load:
-    """The prompts, their token ids folded into the vocabulary: what prompts share stays shared."""
+    """The prompts, all sent at once, their token ids folded into the vocabulary: what prompts share stays shared."""
     for prompt in prompts:
         for at, token in enumerate(prompt.token_ids):
             prompt.token_ids[at] = token % (vocabulary - 10) + 3
-    return Load(name, prompts, CLIENTS, PAGE, cost)
+    return Load(name, prompts, len(prompts), PAGE, cost)
 
 
 def news(per_topic: int) -> list[TimedPrompt]:
@@ -100,9 +99,9 @@ def serve(url: str, load: Load) -> Answers:
     return asyncio.run(send(url, load))
 
 
-def serve_at(url: str, load: Load, rate: float, seed: int) -> list[float]:
+def serve_at(url: str, bodies: Sequence[bytes], rate: float, seed: int) -> list[float]:
     """Seconds each request took, when they come in Poisson times, `rate` requests a second."""
-    return asyncio.run(_at(url, load.bodies, rate, seed))
+    return asyncio.run(_at(url, bodies, rate, seed))
 
 
 async def _at(url: str, bodies: Sequence[bytes], rate: float, seed: int) -> list[float]:
@@ -111,14 +110,13 @@ async def _at(url: str, bodies: Sequence[bytes], rate: float, seed: int) -> list
     for _ in bodies:
         now += numbers.expovariate(rate)
         times.append(now)
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
+    async with session(url) as http:
         began = time.perf_counter()
 
         async def one(at: float, body: bytes) -> float:
             await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
-            answer = await http.post("/generate", content=body, headers={"content-type": "application/json"})
-            answer.raise_for_status()
+            async with http.post("/generate", data=body, headers={"content-type": "application/json"}) as answer:
+                await answer.read()
             # From when it was due: a client that is late must not make a server look early.
             return time.perf_counter() - began - at
 

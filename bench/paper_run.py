@@ -7,6 +7,7 @@ import random
 import statistics
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ from router_sides import router
 
 # An H100's: 450 GB/s a direction on NVLink over 990 TFLOP/s of dense bf16.
 BYTES_PER_FLOP = 450e9 / 990e12
+FLUSH_SECONDS = 30.0
+# Prompts of the mix that come in Poisson times.
+TIMED_PROMPTS = 400
 _PEAK = "import torch; from asyncep_sgl.experts.peak import gemm_flops_per_second as f; print(f(torch.bfloat16))"
 
 
@@ -119,8 +123,7 @@ class Bench:
                     self.failed[side.name] = f"{type(error).__name__}: {error}"
 
     def _serve(self, server: Running, load: Load) -> tuple[dict[str, Any], Answers]:
-        for url in {server.url, *server.members}:
-            httpx.post(f"{url}/flush_cache", timeout=60).raise_for_status()
+        flush(server)
         for member in server.gathers:
             member.batches()
         answers = serve(server.url, load)
@@ -146,10 +149,21 @@ class Bench:
         mix = next((load for load in self.loads if load.name == MIX), None)
         ours = self.raw.get(MIX, {}).get(ASYNCEP.name)
         for share in self.rates if mix and ours else ():
-            for url in {server.url, *server.members}:
-                httpx.post(f"{url}/flush_cache", timeout=60).raise_for_status()
+            flush(server)
             rate = share * ours[0]["requests_per_s"]
-            self.latencies.setdefault(side.name, {})[f"{rate:.2f}"] = serve_at(server.url, mix, rate, seed=1)
+            self.latencies.setdefault(side.name, {})[f"{rate:.2f}"] = serve_at(
+                server.url, mix.bodies[:TIMED_PROMPTS], rate, seed=1
+            )
+
+
+def flush(server: Running) -> None:
+    """Empties every cache. SGLang refuses until a rank has seen that it is idle, a moment after its last reply."""
+    for url in {server.url, *server.members}:
+        deadline = time.monotonic() + FLUSH_SECONDS
+        while (answer := httpx.post(f"{url}/flush_cache", timeout=60)).is_error:
+            if time.monotonic() > deadline:
+                answer.raise_for_status()
+            time.sleep(0.2)
 
 
 def gathers(servers: Sequence[GroupServer]) -> dict[str, Any]:

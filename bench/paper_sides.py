@@ -14,6 +14,7 @@ from router_sides import Side as RouterSide
 from router_sides import router
 
 KV_TOKENS = 65_536
+PAGE = 16
 # Tokens of a batch at most. AsyncEP cuts at T; the others are given what was fastest here for each (`--chunk`).
 WHOLE = 16_384
 
@@ -47,16 +48,22 @@ class Side:
     in_flight: int = 2
 
 
+# Each host has one rank, and the router in front knows it: without --nnodes it would have another one on the host.
+_NO_ROUTER = ("--load-balance-method", "round_robin")
+_COMPANY = ("--max-wait-ms", "200")
 _PP = ("--pp-size", "2")
 _TP = ("--tp-size", "2")
 _EP = ("--tp-size", "2", "--ep-size", "2")
 _DP_EP = (*_EP, "--dp-size", "2", "--enable-dp-attention")
 
-# No layer is kept whole: hosts then hold exactly half of the experts, and the simulator gathers all layers too.
+# No layer is kept whole: hosts then hold exactly half of the experts, and the simulator gathers all layers too. A core
+# that copies what comes computes less meanwhile, so twice T is a little faster than T (the ablation shows it). A batch
+# of one short prompt takes as long as all of its gathers, more than a second: the first of many waits for company.
 ASYNCEP = Side(
     "AsyncEP, one-sided",
     "asyncep",
-    flags=("--asyncep-resident-layers", "0"),
+    flags=("--asyncep-resident-layers", "0", "--asyncep-margin", "2.4"),
+    router=_COMPANY,
     spanning=False,
     group=True,
     lanes=2,
@@ -64,7 +71,15 @@ ASYNCEP = Side(
 )
 SIDES = (
     ASYNCEP,
-    Side("DP-2, experts twice", "dp", spanning=False, router=("--threshold-tokens", "2048"), lanes=2, in_flight=4),
+    Side(
+        "DP-2, experts twice",
+        "dp",
+        flags=_NO_ROUTER,
+        spanning=False,
+        router=("--threshold-tokens", "2048"),
+        lanes=2,
+        in_flight=4,
+    ),
     Side("TP-2", "tp", flags=_TP, chunk=4096),
     Side("PP-2", "pp", flags=_PP, chunk=2048, in_flight=3),
     Side("EP-2", "ep", flags=_EP, chunk=4096),
@@ -85,12 +100,14 @@ def variants(threshold_tokens: int) -> list[Side]:
         for name, depth in (("depth 1: no overlap", 1), ("depth 3", 3))
     ]
     out += [
-        replace(ASYNCEP, name=f"without {rule}: {what}", router=("--without-rules", rule))
+        replace(ASYNCEP, name=f"without {rule}: {what}", router=(*_COMPANY, "--without-rules", rule))
         for rule, what in (("F1", "longest prefix"), ("F2", "net FLOPs"), ("F3", "fill to T"))
     ]
+    out.append(replace(ASYNCEP, name="no waiting for company", router=()))
     out.append(replace(ASYNCEP, name="router: round robin", router=("--policy", "round_robin")))
-    # A target that no batch reaches leaves the cut to SGLang's count of tokens.
-    cut = ("--asyncep-threshold-tokens", str(1 << 24), "--chunked-prefill-size", str(max(128, threshold_tokens)))
+    # A target that no batch reaches leaves the cut to SGLang's count of tokens, whole pages of them.
+    tokens = max(128, threshold_tokens // PAGE * PAGE)
+    cut = ("--asyncep-threshold-tokens", str(1 << 24), "--chunked-prefill-size", str(tokens))
     out.append(replace(ASYNCEP, name="batches of T tokens, not FLOPs", flags=(*ASYNCEP.flags, *cut)))
     out += [
         replace(
@@ -119,7 +136,7 @@ def server_flags(side: Side) -> list[str]:
     common = ["--chunked-prefill-size", str(side.chunk), "--max-prefill-tokens", str(prefill)]
     # SGLang would keep memory free for a GPU's graphs in proportion to the chunk.
     common += ["--mem-fraction-static", "0.8"]
-    return [*common, "--max-total-tokens", str(KV_TOKENS), "--page-size", "16", "--log-level", "info", *side.flags]
+    return [*common, "--max-total-tokens", str(KV_TOKENS), "--page-size", str(PAGE), "--log-level", "info", *side.flags]
 
 
 @contextlib.contextmanager

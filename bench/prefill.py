@@ -1,10 +1,13 @@
-"""Prefill on this machine's CPUs: tokens/s and MFU by length and sharing, ours beside stock SGLang's layouts.
+"""Prefill on this machine's CPUs: tokens/s and MFU by length and sharing, ours beside stock SGLang's layouts
+and vLLM.
 
-    make bench-prefill [QUICK=--quick] [ARGS="--rounds 3 --models 147m,1b"]
+    make bench-prefill [QUICK=--quick] [ARGS="--rounds 3 --models 147m,1b,demo"] [VLLM=DIR]
 
 MFU is the FLOPs of the project's cost model, net of cached prefixes, over those of a bf16 matrix product (2048 cubed,
 on all cores) measured in the same run. Every round starts each side anew, in turn. A load is kept up for some seconds
-by four clients that send lists of prompts; what is in flight at the end counts. Writes `bench/out/prefill.json`.
+by four clients that send lists of prompts; what is in flight at the end counts. The first model is served by every
+side, the others by ours and stock's single rank in one round. vLLM's CPU build takes part where `scripts/peer_vllm.sh`
+can install it. Writes `bench/out/prefill.json`.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 from models import QWEN3_1B, QWEN3_147M, QWEN3_TINY, random_qwen3
@@ -29,14 +32,16 @@ from records import Claim, write
 from rich.console import Console
 from rich.table import Table
 from stock_server import stock_server
+from vllm_server import vllm_server
 
+from asyncep.demo.build import build_demo_model
 from asyncep.jobs.peak import measure_peak
 from asyncep.local_server import local_server
 from asyncep_router.cost import ModelCost
 
 SEED = 0
 CLIENTS = 4
-LIST_TOKENS = 8192  # of the prompts in one request
+LIST_TOKENS = 4096  # of the prompts in one request
 SHARE = 0.75
 TOGETHER = 8  # prompts that share a prefix
 LABELS = [3, 40, 500]
@@ -81,36 +86,55 @@ FEW_LOADS = (Load(128), Load(512), Load(4000))
 
 @dataclass(frozen=True)
 class Side:
-    """One of the compared: ours or stock, and its flags."""
+    """One of the compared: whose server, and its flags. `folder`: vLLM's environment."""
 
     name: str
-    ours: bool
+    server: Literal["ours", "stock", "vllm"]
     flags: tuple[str, ...] = ()
     ranks: int = 1
     loads: tuple[Load, ...] = FEW_LOADS
+    folder: Path | None = None
 
     @contextlib.contextmanager
     def start(self, model: Path) -> Iterator[str]:
-        if self.ours:
+        if self.server == "ours":
             flags = [*self.flags, "--skip-tokenizer-init", "--log-level", "error"]
             with local_server(str(model), flags) as url:
+                yield url
+        elif self.folder is not None:
+            with vllm_server(model, self.folder, max(load.tokens for load in self.loads)) as url:
                 yield url
         else:
             with stock_server(model, [*self.flags, "--skip-tokenizer-init"], self.ranks) as url:
                 yield url
 
+    async def ask(self, http: httpx.AsyncClient, prompts: list[list[int]]) -> list[tuple[int, int]]:
+        """Has the prompts computed; (new, cached) tokens of each."""
+        if self.server == "vllm":
+            # It has no way to be asked for nothing: one token is sampled from the prefill's logits.
+            body = {"model": "model", "prompt": prompts, "max_tokens": 1, "temperature": 0, "logprobs": len(LABELS)}
+            response = await http.post("/v1/completions", json={**body, "detokenize": False})
+            response.raise_for_status()
+            assert len(response.json()["choices"]) == len(prompts)
+            return [(len(prompt), 0) for prompt in prompts]
+        response = await http.post("/generate", json=generate_body(prompts))
+        response.raise_for_status()
+        found = [answer["meta_info"] for answer in response.json()]
+        return [(meta["prompt_tokens"] - meta["cached_tokens"], meta["cached_tokens"]) for meta in found]
+
 
 SIDES = (
-    Side("ours, 2 ranks", True, ("--dp-size", "2"), loads=LOADS),
-    Side("ours, 1 rank, 2 threads", True, ("--dp-size", "1"), loads=LOADS),
-    Side("stock, 1 rank, 2 threads", False, loads=STOCK_LOADS),
-    Side("stock DP-2", False, ("--dp-size", "2"), 2),
-    Side("stock TP-2", False, ("--tp-size", "2"), 2),
-    Side("stock PP-2", False, ("--pp-size", "2"), 2),
+    Side("ours, 2 ranks", "ours", ("--dp-size", "2"), loads=LOADS),
+    Side("ours, 1 rank, 2 threads", "ours", ("--dp-size", "1"), loads=LOADS),
+    Side("stock, 1 rank, 2 threads", "stock", loads=STOCK_LOADS),
+    Side("stock DP-2", "stock", ("--dp-size", "2"), 2),
+    Side("stock TP-2", "stock", ("--tp-size", "2"), 2),
+    Side("stock PP-2", "stock", ("--pp-size", "2"), 2),
 )
+VLLM = "vLLM, 2 threads"
 
 
-def body(prompts: list[list[int]]) -> dict[str, Any]:
+def generate_body(prompts: list[list[int]]) -> dict[str, Any]:
     return {
         "input_ids": prompts,
         "sampling_params": {"max_new_tokens": 0},
@@ -120,7 +144,7 @@ def body(prompts: list[list[int]]) -> dict[str, Any]:
 
 
 async def drive(
-    url: str, load: Load, seconds: float, vocabulary: int, seed: int
+    side: Side, url: str, load: Load, seconds: float, vocabulary: int, seed: int
 ) -> tuple[float, list[tuple[int, int]]]:
     """Seconds, and (new, cached) tokens of each prompt answered."""
     requests = load.lists(vocabulary, random.Random(seed))
@@ -128,20 +152,17 @@ async def drive(
     async with httpx.AsyncClient(base_url=url, timeout=1800) as http:
 
         async def send(prompts: list[list[int]]) -> None:
-            response = await http.post("/generate", json=body(prompts))
-            response.raise_for_status()
-            for answer in response.json():
-                meta = answer["meta_info"]
-                passes.append((meta["prompt_tokens"] - meta["cached_tokens"], meta["cached_tokens"]))
+            passes.extend(await side.ask(http, prompts))
 
         # oneDNN compiles what these batches need.
         await asyncio.gather(*(send(next(requests)) for _ in range(2)))
         passes.clear()
         # SGLang refuses until its scheduler has seen that it is idle, a moment after the last reply.
         deadline = time.perf_counter() + FLUSH_SECONDS
-        while (flushed := await http.post("/flush_cache")).is_error and time.perf_counter() < deadline:
+        while side.server != "vllm" and (flushed := await http.post("/flush_cache")).is_error:
+            if time.perf_counter() > deadline:
+                flushed.raise_for_status()
             await asyncio.sleep(0.1)
-        flushed.raise_for_status()
         began = time.perf_counter()
 
         async def client() -> None:
@@ -152,14 +173,14 @@ async def drive(
         return time.perf_counter() - began, passes
 
 
-def latencies(url: str, vocabulary: int, count: int) -> list[float]:
+async def latencies(side: Side, url: str, vocabulary: int, count: int) -> list[float]:
     """Seconds of lone requests of 512 tokens, one after another."""
     found = []
     requests = Load(512).lists(vocabulary, random.Random(SEED))
-    with httpx.Client(base_url=url, timeout=600) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=600) as http:
         for prompts in itertools.islice(requests, count):
             began = time.perf_counter()
-            http.post("/generate", json=body(prompts[:1])).raise_for_status()
+            await side.ask(http, prompts[:1])
             found.append(time.perf_counter() - began)
     return found[len(found) // 5 :]  # after those that warm up
 
@@ -175,7 +196,7 @@ def measure(
         for repeat in range(repeats):
             found: dict[str, Any] = {}
             for load in loads:
-                taken, passes = asyncio.run(drive(url, load, seconds, config["vocab_size"], 1000 * seed + repeat))
+                taken, passes = asyncio.run(drive(side, url, load, seconds, config["vocab_size"], 1000 * seed + repeat))
                 found[load.name] = {
                     "seconds": taken,
                     "requests": len(passes),
@@ -184,7 +205,7 @@ def measure(
                     "flops": sum(cost.flops(new, cached) for new, cached in passes),
                 }
                 print(f"{side.name}, {load.name}: {found[load.name]['tokens'] / taken:,.0f} tokens/s", flush=True)
-            found["latency_s"] = latencies(url, config["vocab_size"], 15)
+            found["latency_s"] = asyncio.run(latencies(side, url, config["vocab_size"], 15))
             runs.append(found)
     return runs
 
@@ -204,7 +225,7 @@ def errors(model: Path, count: int) -> dict[str, float]:
     found = {}
     for side in (SIDES[0], SIDES[2]):
         with side.start(model) as url:
-            request = {**body(prompts), "token_ids_logprob": [ids] * count}
+            request = {**generate_body(prompts), "token_ids_logprob": [ids] * count}
             answers = httpx.post(f"{url}/generate", json=request, timeout=600).raise_for_status().json()
         rows = [[e[0] for e in answer["meta_info"]["output_token_ids_logprobs"][0]] for answer in answers]
         found[side.name] = (torch.tensor(rows) - exact[:, ids]).abs().mean().item()
@@ -246,15 +267,17 @@ def claims_of(runs: dict[str, list[dict[str, Any]]], peak: float, error: dict[st
         return statistics.median(rate(runs[side], load, what))
 
     ours, single = SIDES[0].name, SIDES[1].name
-    stock = [side.name for side in SIDES if not side.ours and side.name in runs]
+    stock = [side.name for side in SIDES if side.server == "stock" and side.name in runs]
     best = max(of(name, "512") for name in stock)
     mfu = {load: of(ours, load, "flops") / peak for load in ("512", "512, 75 % shared", "4000")}
+    over_vllm = [Claim("over vLLM, 512", of(ours, "512") / of(VLLM, "512"), 2.5, "ratio")] if VLLM in runs else []
     return [
         Claim("MFU at 512 tokens, two ranks", mfu["512"], 0.6, "of the GEMM peak"),
         Claim("MFU at 4000 tokens, two ranks", mfu["4000"], 0.5, "of the GEMM peak"),
         Claim("MFU with 75 % shared over without, 512", mfu["512, 75 % shared"] / mfu["512"], 0.9, "ratio"),
         Claim("two ranks over one with two threads, 512", of(ours, "512") / of(single, "512"), 0.97, "ratio"),
         Claim("over the best stock layout, 512", of(ours, "512") / best, 1.5, "ratio"),
+        *over_vllm,
         Claim(
             "requests/s over the best stock layout, 128", of(ours, "128") / max(of(s, "128") for s in stock), 2, "ratio"
         ),
@@ -269,29 +292,40 @@ def claims_of(runs: dict[str, list[dict[str, Any]]], peak: float, error: dict[st
     ]
 
 
+def model_of(name: str) -> Path:
+    """The checkpoint of a name, made if need be, or the folder."""
+    if name == "demo":
+        return build_demo_model()
+    known = {"147m": QWEN3_147M, "1b": QWEN3_1B, "tiny": QWEN3_TINY}
+    return random_qwen3(f"qwen3-{name}", known[name]) if name in known else Path(name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--quick", action="store_true", help="a tiny model, ours alone: shows that it runs, not how fast"
     )
     parser.add_argument("--rounds", type=int, default=2, help="starts of each side")
-    parser.add_argument("--repeats", type=int, default=2, help="of every load in each start")
+    parser.add_argument("--repeats", type=int, default=1, help="of every load in each start")
     parser.add_argument("--seconds", type=float, default=5.0, help="that a load is kept up")
     parser.add_argument(
-        "--models", default="147m,1b", help="147m, 1b or folders of checkpoints; the first makes claims"
+        "--models", default="147m,1b,demo", help="147m, 1b, demo or folders of checkpoints; the first makes claims"
     )
+    parser.add_argument("--vllm", type=Path, metavar="DIR", help="environment made by scripts/peer_vllm.sh")
     options = parser.parse_args()
-    known = {"147m": QWEN3_147M, "1b": QWEN3_1B, "tiny": QWEN3_TINY}
     names = ["tiny"] if options.quick else options.models.split(",")
     if options.quick:
         options.rounds, options.repeats, options.seconds = 1, 1, 0.5
+    peers: tuple[Side, ...] = ()
+    if options.vllm is not None and (options.vllm / "bin" / "vllm").exists():
+        peers = (Side(VLLM, "vllm", folder=options.vllm),)
     peaks = [measure_peak()]
     raw: dict[str, Any] = {}
     for place, name in enumerate(names):
-        model = random_qwen3(f"qwen3-{name}", known[name]) if name in known else Path(name)
-        sides = SIDES[:1] if options.quick else SIDES if place == 0 else SIDES[:3]
+        model = model_of(name)
+        sides = SIDES[:1] if options.quick else (*SIDES, *peers) if place == 0 else SIDES[:3]
         runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        for number in range(options.rounds):
+        for number in range(options.rounds if place == 0 else 1):
             for side in sides:
                 loads = side.loads if place == 0 else FEW_LOADS
                 loads = (Load(64), Load(64, True)) if options.quick else loads
@@ -302,8 +336,7 @@ def main() -> None:
         raw[name] = runs
     claims: list[Claim] = []
     if not options.quick:
-        first = random_qwen3(f"qwen3-{names[0]}", known[names[0]]) if names[0] in known else Path(names[0])
-        raw["errors"] = errors(first, 32)
+        raw["errors"] = errors(model_of(names[0]), 32)
         claims = claims_of(raw[names[0]], peak, raw["errors"])
     for claim in claims:
         print(f"{'holds' if claim.holds else 'FALLS SHORT'}: {claim.name}: {claim.value:.3f} (wanted {claim.wanted})")

@@ -131,7 +131,9 @@ def main() -> None:
     if options.quick:
         options.repeats = 1
     flags = ["--dp-size", "1", "--skip-tokenizer-init", "--log-level", "error", "--disable-radix-cache"]
-    # SGLang would reserve memory of a GPU for batches of that size.
+    # A request is to be one batch, however large: no router that cuts it at T, and no memory kept free for a GPU's
+    # graphs in proportion to it.
+    flags += ["--load-balance-method", "round_robin"]
     flags += ["--mem-fraction-static", "0.8"]
     flags += ["--chunked-prefill-size", str(MOST_TOKENS), "--max-prefill-tokens", str(MOST_TOKENS)]
     points: list[Point] = []

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 import orjson
 from router_sides import processor_seconds_by_role
 
@@ -127,11 +127,17 @@ class Answers:
         }
 
 
+def session(url: str) -> aiohttp.ClientSession:
+    """A client without a bound on connections: httpx looks at every connection whenever a request begins or ends."""
+    timeout = aiohttp.ClientTimeout(total=600)
+    return aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0), timeout=timeout, raise_for_status=True)
+
+
 async def send(url: str, load: Load, share: float = 1.0) -> Answers:
     """Sends the load, or its first part.
 
     Raises:
-        httpx.HTTPStatusError: a request was refused: the figures would mean nothing.
+        aiohttp.ClientResponseError: a request was refused: the figures would mean nothing.
     """
     count = max(1, int(len(load.bodies) * share))
     answers = Answers(0.0, {}, [0.0] * count, [0] * count, [""] * count, [[]] * count)
@@ -141,17 +147,16 @@ async def send(url: str, load: Load, share: float = 1.0) -> Answers:
     async def client() -> None:
         for number in waiting:
             began = time.perf_counter()
-            answer = await http.post("/generate", content=load.bodies[number], headers=headers)
+            async with http.post("/generate", data=load.bodies[number], headers=headers) as answer:
+                content = await answer.read()
             answers.latencies[number] = time.perf_counter() - began
-            answer.raise_for_status()
-            info = orjson.loads(answer.content)["meta_info"]
+            info = orjson.loads(content)["meta_info"]
             answers.cached[number] = info["cached_tokens"]
             rank = info.get("dp_rank")
             answers.ranks[number] = str(info["weight_version"] if rank is None else rank)
             answers.log_probabilities[number] = [entry[0] for entry in info["output_token_ids_logprobs"][0]]
 
-    limits = httpx.Limits(max_connections=load.clients, max_keepalive_connections=load.clients)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
+    async with session(url) as http:
         began, used = time.perf_counter(), processor_seconds_by_role(os.getpid())
         await asyncio.gather(*(client() for _ in range(load.clients)))
         answers.seconds = time.perf_counter() - began

@@ -83,7 +83,9 @@ class Workers:
         def start(rank: int) -> None:
             # Of this thread alone; what it starts inherits it.
             os.sched_setaffinity(0, {cores[rank % len(cores)]})
-            flags = ["--dp-size", "1", "--weight-version", f"rank {rank}", *COMMON]
+            # The router in front is what is compared: none of our own in the server.
+            alone = ["--dp-size", "1", "--load-balance-method", "round_robin"]
+            flags = [*alone, "--weight-version", f"rank {rank}", *COMMON]
             server = local_server(self.model, flags)
             try:
                 url = server.__enter__()

@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import psutil
 from emulation.two_hosts import Hosts
+from stock_end import end_with_parent
 
 PORT = 30000
 START_SECONDS = 300
@@ -116,6 +117,7 @@ def group(
                         stdout=output,
                         stderr=subprocess.STDOUT,
                         env={**os.environ, **(environment or {})},
+                        preexec_fn=end_with_parent,
                     )
                 started.append(GroupServer(hosts.url(node, PORT), process, log))
             for server in started:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 from emulation.two_hosts import Hosts
+from stock_end import end_with_parent
 
 from asyncep_sgl.host import COMPUTING
 
@@ -91,6 +92,7 @@ def layout(
                         stderr=subprocess.STDOUT,
                         env=_environment(hosts, host, folder, kernels, environment or {}),
                         start_new_session=True,
+                        preexec_fn=end_with_parent,
                     )
                 started.append((process, log))
             urls = [hosts.url(host, PORT) for host in ((0,) if spanning else (0, 1))]

@@ -1,0 +1,63 @@
+"""vLLM's CPU build as a peer: its server, from an environment of its own (`scripts/peer_vllm.sh`)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+from stock_end import end_with_parent, ended_whole
+
+_KV_GIB = 3
+# Tokens of a batch: what our ranks and SGLang compute at once at most.
+_BATCH_TOKENS = 8192
+
+
+@contextlib.contextmanager
+def vllm_server(model: Path, folder: Path, longest: int) -> Iterator[str]:
+    """Yields the URL of a server on all of this process's cores that answers.
+
+    Args:
+        folder: the environment that `scripts/peer_vllm.sh` made.
+        longest: tokens of a prompt at most.
+
+    Raises:
+        RuntimeError: it ended before it answered; with the end of what it printed.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    cores = sorted(os.sched_getaffinity(0))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    environment |= {
+        "VLLM_CPU_KVCACHE_SPACE": str(_KV_GIB),
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        # Its tool for the host's name of the model would otherwise be asked on the network.
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [str(folder / "bin" / "vllm"), "serve", str(model), "--served-model-name", "model", "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--dtype", "bfloat16", "--skip-tokenizer-init"]
+    command += ["--max-model-len", str(longest + 1), "--max-num-batched-tokens", str(_BATCH_TOKENS)]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_parent
+        )
+        with ended_whole(process):
+            url = f"http://127.0.0.1:{port}"
+            while True:
+                if process.poll() is not None:
+                    log.seek(0)
+                    raise RuntimeError(f"vLLM did not start:\n{log.read()[-3000:].decode(errors='replace')}")
+                with contextlib.suppress(httpx.HTTPError):
+                    if httpx.get(f"{url}/health", timeout=30).status_code == 200:
+                        break
+                time.sleep(0.25)
+            yield url
