@@ -221,7 +221,7 @@ def parse(arguments: Sequence[str]) -> ServeOptions:
         type=int,
         default=None,
         metavar="N",
-        help="slots of gathered layers in each rank; 1 overlaps nothing (default 2; 4 from pinned host memory)",
+        help="slots of gathered layers in each rank; 1 overlaps with attention only (default 2; 4 from pinned memory)",
     )
     hosts.add_argument(
         "--asyncep-margin",

