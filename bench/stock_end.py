@@ -14,6 +14,7 @@ from pathlib import Path
 _SECONDS = 30.0
 _PR_SET_PDEATHSIG = 1
 _SHARED = Path("/dev/shm")
+_NAMES = ("sglang_loads_*", "sgl_shm_mq_*", "sem.mp-*")
 
 
 def end_with_parent() -> None:
@@ -22,15 +23,16 @@ def end_with_parent() -> None:
 
 
 def _left() -> set[Path]:
-    return {*_SHARED.glob("sglang_loads_*"), *_SHARED.glob("sem.mp-*")}
+    return {file for name in _NAMES for file in _SHARED.glob(name)}
 
 
 @contextlib.contextmanager
 def ended_whole(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """Ends ``process`` and its group (it leads a session of its own) afterwards.
 
-    However it ends, stock SGLang leaves the file of its load figures and a semaphore, whose tracker it kills. What came
-    into shared memory meanwhile under these names is removed: benches run one server at a time.
+    However it ends, stock SGLang leaves the file of its load figures, its ranks' message queues and a semaphore, whose
+    tracker it kills. What came into shared memory meanwhile under these names is removed: benches run one server at
+    a time.
     """
     before = _left()
     try:

@@ -85,7 +85,7 @@ def test_every_side_differs_from_the_others_and_variants_change_something(paper:
     assert len({side.name for side in sides.SIDES}) == len(sides.SIDES)
     unchanged, *variants = sides.variants(2000)
     assert all((side.flags, side.router) != (unchanged.flags, unchanged.router) for side in variants)
-    assert {side.router[-1] for side in variants if side.router[:1] == ("--without-rules",)} == {"F1", "F2", "F3"}
+    assert {side.router[-1] for side in variants if "--without-rules" in side.router} == {"F1", "F2", "F3"}
 
 
 def test_what_the_baselines_repair_is_still_there_upstream(paper: Any) -> None:
