@@ -8,11 +8,8 @@ with the seam's name.
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import logging
 import os
-import pkgutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,8 +44,6 @@ logger = logging.getLogger(__name__)
 ROUTER_PUBLISHER = "asyncep"
 # Others have none, which is 0; higher goes first.
 _BATCH_PRIORITY = -1
-# Forked ahead for the first rank that dies; those after it are spawned.
-_SPARE_RANKS = 1
 _CONTROLLER = "sglang.srt.managers.data_parallel_controller.DataParallelController"
 
 _config: AsyncEPConfig | None = None
@@ -262,44 +257,6 @@ async def _refuse_weights(*_: Any, **__: Any) -> tuple[bool, str]:
     return False, _WEIGHTS_ARE_SHARED
 
 
-def admit_zero_max_tokens() -> None:
-    """Lets ``/v1/completions`` be asked for no new token, which upstream refuses though ``/generate`` takes it.
-
-    To be called before SGLang's HTTP server is imported: its routes keep the schema they find then.
-
-    Raises:
-        SeamError: upstream has no such check any more.
-    """
-    from sglang.srt.entrypoints.openai.protocol import CompletionRequest
-
-    validators = CompletionRequest.__pydantic_decorators__.field_validators
-    if validators.pop("validate_max_tokens_positive", None) is None:
-        raise SeamError("seam CompletionRequest.validate_max_tokens_positive is gone")
-    CompletionRequest.model_rebuild(force=True)
-
-
-def fork_processes_ahead(ranks: int) -> None:
-    """Lets the front's processes, and the ranks of its controller, be forked from what the front has imported.
-
-    To be called in the front when it has imported SGLang's server and done nothing else.
-
-    Args:
-        ranks: schedulers on this host. One without a controller or router is the front's own child.
-    """
-    from sglang.srt.entrypoints import engine
-    from sglang.srt.managers import data_parallel_controller as controller
-
-    from asyncep_sgl.prefork import PreforkContext, fork_ahead
-    from asyncep_sgl.scheduling.one_rank import run_router_of_one_rank
-
-    # It imports all models, which every rank would otherwise do for itself.
-    importlib.import_module("sglang.srt.models.registry")
-    engine.mp = controller.mp = PreforkContext()
-    # A scheduler or what starts it, and the detokenizer.
-    starters = (controller.run_data_parallel_controller_process, run_router_of_one_rank)
-    fork_ahead(2, {starter.__name__: ranks + _SPARE_RANKS for starter in starters})
-
-
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 
 SEAMS: tuple[Seam, ...] = (
@@ -461,37 +418,6 @@ CUDA_KERNEL_SEAMS: tuple[Seam, ...] = (
     ),
 )
 
-# Not hooked, but used as they are by `cpu_operators`, `scheduling.direct_replies` and `weight_gather`, for which it is
-# SGLang's own seam for gathered experts.
-RELIED_ON: tuple[tuple[str, tuple[str, ...]], ...] = (
-    (
-        "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding.forward_native",
-        ("self", "positions", "query", "key", "offsets", "fused_set_kv_buffer_arg"),
-    ),
-    (
-        "sglang.srt.managers.scheduler_components.output_sender.SenderWrapper.send_output",
-        ("self", "output", "recv_obj"),
-    ),
-    ("sglang.srt.managers.detokenizer_manager.DetokenizerManager.handle_batch_token_id_out", ("self", "recv_obj")),
-    ("sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_batch_output", ("self", "recv_obj")),
-    ("sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.bind_full_expert_weights", ("self", "weights")),
-    ("sglang.srt.runtime_context.set_global_dwdp_manager", ("manager",)),
-    ("sglang.srt.managers.schedule_policy.PrefillAdder.budget_state", ("self",)),
-    ("sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req", ("self", "req")),
-    (
-        "sglang.srt.managers.schedule_policy.PrefillAdder._select_prefill_admission",
-        (
-            "self",
-            "req",
-            "total_tokens",
-            "host_hit_length",
-            "swa_host_hit_length",
-            "truncation_align_size",
-            "has_chunked_req",
-        ),
-    ),
-)
-
 
 def manager_class(transport: str) -> type[ExpertManager]:
     """The rank's side of the store for where the experts lie."""
@@ -543,24 +469,6 @@ def assert_active() -> None:
     missing = [seam.target for seam in _seams() if seam.target not in HookRegistry._patched]
     if missing:
         raise SystemExit(f"asyncep: SGLang's {missing[0]} could not be hooked; is the pinned sglang==0.5.23 installed?")
-
-
-def check_upstream() -> None:
-    """Compares each seam with the installed SGLang, before anything is hooked.
-
-    Raises:
-        SeamError: a target is gone or its parameters are others, named.
-    """
-    hooked = (
-        (seam.target, seam.parameters) for seam in (*SEAMS, *CPU_SEAMS, *KERNEL_SEAMS, *CUDA_SEAMS, *CUDA_KERNEL_SEAMS)
-    )
-    for target, parameters in (*hooked, *RELIED_ON):
-        try:
-            found = tuple(inspect.signature(pkgutil.resolve_name(target)).parameters)
-        except (AttributeError, ImportError) as error:
-            raise SeamError(f"seam {target} is gone: {error}") from error
-        if found != parameters:
-            raise SeamError(f"seam {target} takes {found}, expected {parameters}")
 
 
 def _active_config() -> AsyncEPConfig:

@@ -46,7 +46,8 @@ def main(arguments: list[str]) -> None:
 
     # First, as in sglang.launch_server: what is imported from here on is already hooked.
     load_plugins()
-    from asyncep_sgl.plugin import admit_zero_max_tokens, assert_active, fork_processes_ahead
+    from asyncep_sgl.front_start import admit_zero_max_tokens, fork_processes_ahead
+    from asyncep_sgl.plugin import assert_active
 
     admit_zero_max_tokens()
     from sglang.srt.entrypoints.http_server import app, launch_server

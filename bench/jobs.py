@@ -29,6 +29,7 @@ from typing import Any
 import httpx
 import psutil
 from openai_batch import batch_survives_a_kill
+from peer_start import flush_cache
 from records import Claim, write
 from rich.console import Console
 from stock_server import stock_server
@@ -295,7 +296,7 @@ def sides(work: Path, model: Path, count: int, rounds: int) -> dict[str, Any]:
             url, own = runtime.url, psutil.Process()
 
             def job() -> None:
-                httpx.post(f"{url}/flush_cache", timeout=60).raise_for_status()
+                flush_cache(url)
                 output = work / "bbc-out.jsonl"
                 before = cpu_seconds(own)
                 result = runtime.classify_file(source, output, BBC_LABELS, gold="label", template=BBC_TEMPLATE)

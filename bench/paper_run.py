@@ -7,7 +7,6 @@ import random
 import statistics
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,13 +19,13 @@ from emulation.group import GroupServer, group
 from emulation.two_hosts import Hosts
 from paper_loads import MIX, serve, serve_at, steady_seconds, warm
 from paper_sides import ASYNCEP, Running, Side, running, server_flags
+from peer_start import flush_cache
 from router_load import Answers, Load
 from router_sides import Side as RouterSide
 from router_sides import router
 
 # An H100's: 450 GB/s a direction on NVLink over 990 TFLOP/s of dense bf16.
 BYTES_PER_FLOP = 450e9 / 990e12
-FLUSH_SECONDS = 30.0
 # Prompts of the mix that come in Poisson times.
 TIMED_PROMPTS = 400
 _PEAK = "import torch; from asyncep_sgl.experts.peak import gemm_flops_per_second as f; print(f(torch.bfloat16))"
@@ -157,13 +156,9 @@ class Bench:
 
 
 def flush(server: Running) -> None:
-    """Empties every cache. SGLang refuses until a rank has seen that it is idle, a moment after its last reply."""
+    """Empties every cache."""
     for url in {server.url, *server.members}:
-        deadline = time.monotonic() + FLUSH_SECONDS
-        while (answer := httpx.post(f"{url}/flush_cache", timeout=60)).is_error:
-            if time.monotonic() > deadline:
-                answer.raise_for_status()
-            time.sleep(0.2)
+        flush_cache(url)
 
 
 def gathers(servers: Sequence[GroupServer]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import httpx
 from models import QWEN3_1B, QWEN3_147M, QWEN3_TINY, random_qwen3
+from peer_start import flush_cache
 from records import Claim, write
 from rich.console import Console
 from rich.table import Table
@@ -45,7 +46,6 @@ LIST_TOKENS = 4096  # of the prompts in one request
 SHARE = 0.75
 TOGETHER = 8  # prompts that share a prefix
 LABELS = [3, 40, 500]
-FLUSH_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -159,12 +159,8 @@ async def drive(
         # oneDNN compiles what these batches need.
         await asyncio.gather(*(send(next(requests)) for _ in range(2)))
         passes.clear()
-        # SGLang refuses until its scheduler has seen that it is idle, a moment after the last reply.
-        deadline = time.perf_counter() + FLUSH_SECONDS
-        while side.server != "vllm" and (flushed := await http.post("/flush_cache")).is_error:
-            if time.perf_counter() > deadline:
-                flushed.raise_for_status()
-            await asyncio.sleep(0.1)
+        if side.server != "vllm":
+            flush_cache(url)
         began = time.perf_counter()
 
         async def client() -> None:

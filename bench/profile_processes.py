@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import httpx
 import orjson
 import psutil
 from models import QWEN3_147M, QWEN3_TINY, random_qwen3, word_tokenizer
+from peer_start import flush_cache
 from records import Claim, write
 from rich.console import Console
 from rich.table import Table
@@ -204,7 +204,7 @@ class Bench:
             for case in self.options.cases:
                 clients = CLIENTS if case.form == "single" else 4
                 asyncio.run(send(url, bodies(case, self.prompts, self.tokenizer, SEED + 1), clients))
-                httpx.post(f"{url}/flush_cache", timeout=60).raise_for_status()
+                flush_cache(url)
                 requests = bodies(case, self.prompts, self.tokenizer, SEED)
                 before, began = seconds(), time.perf_counter()
                 answers = asyncio.run(send(url, requests, clients))
@@ -217,7 +217,7 @@ class Bench:
                 self.answers.setdefault(case.name, {}).setdefault(name, answers)
                 print(f"  {name}, {case.name}: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items()), file=sys.stderr)
                 if self.options.profile and number == 0:
-                    httpx.post(f"{url}/flush_cache", timeout=60).raise_for_status()
+                    flush_cache(url)
                     profiled(url, case, requests, clients, Path(self.options.profile), name)
             before = seconds()
             time.sleep(0.5 if self.options.quick else IDLE_SECONDS)

@@ -25,8 +25,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 from models import QWEN3_147M, QWEN3_TINY, random_qwen3
+from peer_start import flush_cache
 from records import OUT, Claim, write
 from rich.console import Console
 from rich.table import Table
@@ -111,7 +111,7 @@ class Measurement:
         for load in self.loads:
             with self.timed(side.name):
                 if workers is None or side.router == "ours":
-                    httpx.post(f"{url}/flush_cache", timeout=60).raise_for_status()
+                    flush_cache(url)
                 else:
                     # A fresh router knows nothing of earlier loads, and theirs share nothing with this one.
                     workers.flush()

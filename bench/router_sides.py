@@ -20,6 +20,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+from peer_start import flush_cache
 
 from asyncep.local_server import local_server
 
@@ -113,7 +114,7 @@ class Workers:
     def flush(self) -> None:
         """Empties the prefix caches."""
         for url in self.urls:
-            httpx.post(f"{url}/flush_cache", timeout=60).raise_for_status()
+            flush_cache(url)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import httpx
-from stock_end import end_with_parent, ended_whole
+from peer_start import answering, free_port
 
 # Nobody decodes here and nobody waits for a core that polls; the rest is SGLang's default.
 _FLAGS = (
@@ -34,27 +29,12 @@ def stock_server(model: Path, flags: Sequence[str] = (), ranks: int = 1, tokens:
     Raises:
         RuntimeError: it ended before it answered; with the end of what it printed.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     cores = sorted(os.sched_getaffinity(0))
     shares = [cores[rank * len(cores) // ranks : (rank + 1) * len(cores) // ranks] for rank in range(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(shares[0])), "ASYNCEP_PLATFORM": "cpu"}
     environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, share)) for share in shares)
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port)]
     command += [*_FLAGS, "--max-total-tokens", str(tokens), *flags]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_parent
-        )
-        with ended_whole(process):
-            url = f"http://127.0.0.1:{port}"
-            while True:
-                if process.poll() is not None:
-                    log.seek(0)
-                    raise RuntimeError(f"stock SGLang did not start:\n{log.read()[-3000:].decode(errors='replace')}")
-                with contextlib.suppress(httpx.HTTPError):
-                    if httpx.get(f"{url}/health", timeout=30).status_code == 200:
-                        break
-                time.sleep(0.25)
-            yield url
+    with answering("stock SGLang", command, port, environment) as url:
+        yield url

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
-import subprocess
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
-from stock_end import end_with_parent, ended_whole
+from peer_start import answering, free_port
 
 _KV_GIB = 3
 # Tokens of a batch: what our ranks and SGLang compute at once at most.
@@ -30,9 +25,7 @@ def vllm_server(model: Path, folder: Path, longest: int) -> Iterator[str]:
     Raises:
         RuntimeError: it ended before it answered; with the end of what it printed.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     cores = sorted(os.sched_getaffinity(0))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     environment |= {
@@ -40,7 +33,7 @@ def vllm_server(model: Path, folder: Path, longest: int) -> Iterator[str]:
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_NO_USAGE_STATS": "1",
-        # Its tool for the host's name of the model would otherwise be asked on the network.
+        # The model is a folder; nothing is to be asked on the network.
         "HF_HUB_OFFLINE": "1",
     }
     command = [str(folder / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
@@ -56,18 +49,5 @@ def vllm_server(model: Path, folder: Path, longest: int) -> Iterator[str]:
         "--skip-tokenizer-init",
     ]
     command += ["--max-model-len", str(longest + 1), "--max-num-batched-tokens", str(_BATCH_TOKENS)]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_parent
-        )
-        with ended_whole(process):
-            url = f"http://127.0.0.1:{port}"
-            while True:
-                if process.poll() is not None:
-                    log.seek(0)
-                    raise RuntimeError(f"vLLM did not start:\n{log.read()[-3000:].decode(errors='replace')}")
-                with contextlib.suppress(httpx.HTTPError):
-                    if httpx.get(f"{url}/health", timeout=30).status_code == 200:
-                        break
-                time.sleep(0.25)
-            yield url
+    with answering("vLLM", command, port, environment) as url:
+        yield url

@@ -10,10 +10,11 @@ import pytest
 from asyncep_sgl import plugin
 from asyncep_sgl.config import AsyncEPConfig
 from asyncep_sgl.errors import SeamError
+from asyncep_sgl.upstream_check import check_upstream
 
 
 def test_upstream_is_as_expected() -> None:
-    plugin.check_upstream()
+    check_upstream()
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ def test_upstream_is_as_expected() -> None:
 def test_a_moved_seam_is_named(seam: plugin.Seam, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin, "SEAMS", (seam,))
     with pytest.raises(SeamError, match=seam.target):
-        plugin.check_upstream()
+        check_upstream()
 
 
 def test_a_seam_that_was_not_hooked_stops_the_start() -> None:

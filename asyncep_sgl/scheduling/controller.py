@@ -34,7 +34,6 @@ from sglang.srt.observability.req_time_stats import DPControllerReqTimeStats
 from sglang.srt.runtime_context import get_memory, get_model, get_schedule
 from sglang.srt.utils.network import get_zmq_socket
 
-from asyncep_router.config import Limits
 from asyncep_router.cost import ModelCost
 from asyncep_router.durations import Durations
 from asyncep_router.errors import DuplicateRequestError, UnknownRankError
@@ -47,6 +46,7 @@ from asyncep_sgl.config import AsyncEPConfig
 from asyncep_sgl.experts.client import StoreClient
 from asyncep_sgl.experts.messages import Done, Failed, Hello, Welcome
 from asyncep_sgl.model_support import read_config
+from asyncep_sgl.scheduling.limits import limits_of
 from asyncep_sgl.scheduling.restarts import RestartPolicy
 from asyncep_sgl.scheduling.wire import Finished, Threshold, decode
 
@@ -57,8 +57,6 @@ decisions = logging.getLogger("asyncep.decisions")
 _GULP = 256
 # A request is not sent to another rank after this many had it when they died.
 _MOST_DEATHS = 3
-# T of a host that gathers nothing, in tokens: so little is not worth a second rank's batch.
-_SPREAD_TOKENS = 256
 # Upstream's watchdog wants to be fed now and then even when nothing happens.
 _LONGEST_SLEEP_SECONDS = 5.0
 
@@ -116,17 +114,13 @@ class RouterController(DataParallelController):  # type: ignore[misc] # upstream
         self._state.bind(config.router.state_address)
 
         cost = ModelCost.from_config(read_config(get_model().model_path, get_model().revision))
-        saturating = batch = config.router.threshold_tokens
-        if not config.group.gathers:
-            # No batch is too small to hide a gather: work is spread at once.
-            saturating = min(saturating, _SPREAD_TOKENS)
-            if config.transport != "host":
-                # A GPU wants more than a core; batches are what SGLang makes of them there.
-                batch = max(batch, get_schedule().chunked_prefill_size or 0)
-        limits = Limits(
+        limits = limits_of(
+            cost,
+            tokens=config.router.threshold_tokens,
             max_wait=config.router.max_wait_seconds,
-            default_threshold=cost.flops(saturating),
-            least_batch=cost.flops(batch),
+            gathers=config.group.gathers,
+            on_gpu=config.transport != "host",
+            chunk_tokens=get_schedule().chunked_prefill_size or 0,
         )
         # Twice what all ranks can hold: prefixes under way count as held before they are.
         budget = 2 * self.launch_dp_size * self.max_total_num_tokens

@@ -90,6 +90,15 @@ def gathers(server: Server) -> int:
     return server.log.read_text().count('"event": "gather"')
 
 
+def test_each_host_takes_packets_in_on_its_own_core(pair: Pair) -> None:
+    for host in (0, 1):
+        steering = f"/sys/class/net/{pair.hosts.interface(host)}/queues/rx-0/rps_cpus"
+        look = f"cat {steering}; taskset -p $$"
+        done = subprocess.run(pair.hosts.command(host, ["sh", "-c", look]), capture_output=True, text=True, check=True)
+        receiving, computing = done.stdout.splitlines()
+        assert int(receiving.replace(",", ""), 16) == int(computing.rpartition(" ")[2], 16) != 0
+
+
 def test_logits_are_bit_for_bit_those_of_one_host(pair: Pair) -> None:
     wanted = prompts(12, seed=1)
     expected = one_by_one(pair.alone, wanted)

@@ -29,6 +29,7 @@ class FrontendMachine(RuleBasedStateMachine):
 
     max_wait = 0.0
     least_batch = 0.0
+    gathers = False
 
     def view(self) -> PrefixView:
         return BlockView(400, BLOCK)
@@ -56,7 +57,7 @@ class FrontendMachine(RuleBasedStateMachine):
     def _join(self, rank: int) -> None:
         self.alive.add(rank)
         for front in self.fronts:
-            front.rank_joined(rank, cache_tokens=160 if rank == 1 else None)
+            front.rank_joined(rank, cache_tokens=160 if rank == 1 else None, gathers=self.gathers)
 
     @rule(
         group=st.integers(0, 3),
@@ -190,10 +191,16 @@ class FrontendMachine(RuleBasedStateMachine):
 
 
 class WaitingMachine(FrontendMachine):
-    """The same promises when requests may wait for company, and batches are more than T."""
+    """The same promises when requests may wait for company."""
 
     max_wait = 2.0
+
+
+class SmallThresholdMachine(WaitingMachine):
+    """The same when batches are more than T, and ranks gather."""
+
     least_batch = float(COST.flops(120))
+    gathers = True
 
 
 class RadixMachine(FrontendMachine):
@@ -207,5 +214,7 @@ TestFrontendOnRadixTree = RadixMachine.TestCase
 TestFrontendOnRadixTree.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestFrontend = FrontendMachine.TestCase
 TestFrontend.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestFrontendWithSmallThreshold = SmallThresholdMachine.TestCase
+TestFrontendWithSmallThreshold.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestFrontendWithWaiting = WaitingMachine.TestCase
 TestFrontendWithWaiting.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

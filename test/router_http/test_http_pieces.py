@@ -254,6 +254,9 @@ def test_probe_reads_old_and_new_servers() -> None:
     assert (info.ranks, info.cache_tokens, info.caches, info.multi_item) == (4, 1000, True, False)
     bare = read({}, {}, {})
     assert (bare.ranks, bare.cache_tokens, bare.model_path) == (1, None, None)
+    ours = {"threshold_flops_per_layer": 5e9, "gathers": []}
+    assert not read({}, {}, ours).gathers
+    assert read({}, {}, {**ours, "gathers": [{"rank": 0}]}).gathers
 
 
 def test_cached_tokens_cannot_be_imitated() -> None:

@@ -1,0 +1,48 @@
+"""What is done to SGLang's front before it starts, besides hooks."""
+
+from __future__ import annotations
+
+import importlib
+
+from asyncep_sgl.errors import SeamError
+
+# Forked ahead for the first rank that dies; those after it are spawned.
+SPARE_RANKS = 1
+
+
+def admit_zero_max_tokens() -> None:
+    """Lets ``/v1/completions`` be asked for no new token, which upstream refuses though ``/generate`` takes it.
+
+    To be called before SGLang's HTTP server is imported: its routes keep the schema they find then.
+
+    Raises:
+        SeamError: upstream has no such check any more.
+    """
+    from sglang.srt.entrypoints.openai.protocol import CompletionRequest
+
+    validators = CompletionRequest.__pydantic_decorators__.field_validators
+    if validators.pop("validate_max_tokens_positive", None) is None:
+        raise SeamError("seam CompletionRequest.validate_max_tokens_positive is gone")
+    CompletionRequest.model_rebuild(force=True)
+
+
+def fork_processes_ahead(ranks: int) -> None:
+    """Lets the front's processes, and the ranks of its controller, be forked from what the front has imported.
+
+    To be called in the front when it has imported SGLang's server and done nothing else.
+
+    Args:
+        ranks: schedulers on this host. One without a controller or router is the front's own child.
+    """
+    from sglang.srt.entrypoints import engine
+    from sglang.srt.managers import data_parallel_controller as controller
+
+    from asyncep_sgl.prefork import PreforkContext, fork_ahead
+    from asyncep_sgl.scheduling.one_rank import run_router_of_one_rank
+
+    # It imports all models, which every rank would otherwise do for itself.
+    importlib.import_module("sglang.srt.models.registry")
+    engine.mp = controller.mp = PreforkContext()
+    # A scheduler or what starts it, and the detokenizer.
+    starters = (controller.run_data_parallel_controller_process, run_router_of_one_rank)
+    fork_ahead(2, {starter.__name__: ranks + SPARE_RANKS for starter in starters})

@@ -1,0 +1,62 @@
+"""The start of a server that is no product of ours: its command, until it answers, to its whole end."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+import httpx
+from stock_end import end_with_parent, ended_whole
+
+FLUSH_SECONDS = 30.0
+
+
+def free_port() -> int:
+    """A port of this host that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def answering(name: str, command: Sequence[str], port: int, environment: Mapping[str, str]) -> Iterator[str]:
+    """Runs `command`; yields the server's URL once its `/health` answers 200.
+
+    Raises:
+        RuntimeError: it ended before; with `name` and the end of what it printed.
+    """
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_parent
+        )
+        with ended_whole(process):
+            url = f"http://127.0.0.1:{port}"
+            while True:
+                if process.poll() is not None:
+                    log.seek(0)
+                    raise RuntimeError(f"{name} did not start:\n{log.read()[-3000:].decode(errors='replace')}")
+                with contextlib.suppress(httpx.HTTPError):
+                    if httpx.get(f"{url}/health", timeout=30).status_code == 200:
+                        break
+                # A start has no event to wait for but its answer.
+                time.sleep(0.25)
+            yield url
+
+
+def flush_cache(url: str) -> None:
+    """Empties a server's or router's caches. SGLang refuses until a rank has seen that it is idle, a moment after its
+    last reply.
+
+    Raises:
+        httpx.HTTPStatusError: it still refuses after 30 s.
+    """
+    deadline = time.monotonic() + FLUSH_SECONDS
+    while (answer := httpx.post(f"{url}/flush_cache", timeout=60)).is_error:
+        if time.monotonic() > deadline:
+            answer.raise_for_status()
+        time.sleep(0.2)
