@@ -74,14 +74,20 @@ class Supervisor:
         self._poll.register(self.store.descriptor, select.POLLIN)
         self._poll.register(wake_read, select.POLLIN)
         try:
-            return self._loop(front, wake_read)
+            failure = self._loop(front, wake_read)
         finally:
             self._end_everything()
             front.wait()
             signal.set_wakeup_fd(-1)
             self.store.close()
+        if failure is None:
+            return 0
+        # Only now, when no process is left that could print anything below it.
+        logger.error("%s; the server has ended", failure)
+        return 1
 
-    def _loop(self, front: subprocess.Popen[bytes], wake: socket.socket) -> int:
+    def _loop(self, front: subprocess.Popen[bytes], wake: socket.socket) -> str | None:
+        """Why the server cannot go on, or None after a stop by signal."""
         announced = False
         while True:
             # Edge-triggered: ZeroMQ's descriptor says only "look", so look until there is nothing left.
@@ -94,7 +100,7 @@ class Supervisor:
             if self._signals:
                 logger.info("%s: stopping", signal.Signals(self._signals[0]).name)
                 self._drain(front, wake)
-                return 0
+                return None
             for descriptor, _ in self._poll.poll():
                 if descriptor == wake.fileno():
                     with contextlib.suppress(BlockingIOError):
@@ -111,9 +117,7 @@ class Supervisor:
                     # What a rank said before it ended explains more than how its process went.
                     self.store.serve_pending()
                     failures = self.store.registry.failures
-                    reason = failures[0] if failures else f"{name} (process {pid}) {_how_it_ended(front, pid)}"
-                    logger.error("%s; stopping the server", reason)
-                    return 1
+                    return failures[0] if failures else f"{name} (process {pid}) {_how_it_ended(front, pid)}"
 
     def _watch(self, name: str, pid: int) -> None:
         if any(known == (name, pid) for known in self._watched.values()):
