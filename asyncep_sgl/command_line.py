@@ -434,8 +434,11 @@ def sglang_arguments(
     elif options.device is not None:
         arguments += ["--device", options.device]
 
+    def given(flag: str) -> bool:
+        return any(part == flag or part.startswith(flag + "=") for part in options.passed)
+
     def unless_given(flag: str, *value: str) -> None:
-        if not any(given == flag or given.startswith(flag + "=") for given in options.passed):
+        if not given(flag):
             arguments.extend((flag, *value))
 
     at = 0
@@ -460,9 +463,11 @@ def sglang_arguments(
         unless_given("--kv-events-config", '{"publisher": "asyncep"}')
         if "--page-size" not in extra:
             unless_given("--page-size", "16")
-    if options.nodes > 1 or options.expert_memory is not None:
-        # Batches are cut by FLOPs there; the tokens of a batch are only the bound that memory sets.
+    by_flops = options.nodes > 1 or options.expert_memory is not None
+    if by_flops:
+        # The tokens of a batch are only the bound that memory sets.
         unless_given("--chunked-prefill-size", "16384")
+    if by_flops or (cpu and given("--chunked-prefill-size")):
         # SGLang would keep memory free for a GPU's graphs in proportion to that, more than a small host has.
         unless_given("--mem-fraction-static", "0.8")
     if cpu:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -23,15 +24,15 @@ COMPUTING = {
 def available_bytes() -> int:
     """Memory that can still be taken without swapping: the host's, or the control group's where that is less."""
     available = int(psutil.virtual_memory().available)
-    for directory in _memory_groups():
+    for group in _memory_groups():
         try:
-            limit = (directory / "memory.max").read_text().strip()
+            limit = (group.folder / group.limit).read_text().strip()
             if limit == "max":
                 continue
-            used = int((directory / "memory.current").read_text())
+            used = int((group.folder / group.used).read_text())
             # Clean page cache counts as used but gives way.
-            for line in (directory / "memory.stat").read_text().splitlines():
-                if line.startswith("inactive_file "):
+            for line in (group.folder / "memory.stat").read_text().splitlines():
+                if line.startswith(f"{group.cache} "):
                     used -= int(line.split()[1])
         except (OSError, ValueError):
             continue
@@ -39,17 +40,34 @@ def available_bytes() -> int:
     return available
 
 
-def _memory_groups() -> list[Path]:
-    """This process's control group (version 2) and its ancestors."""
+class _MemoryGroup(NamedTuple):
+    """A control group, and what its version calls the files of limit and use and the line of the page cache."""
+
+    folder: Path
+    limit: str
+    used: str
+    cache: str
+
+
+def _memory_groups() -> list[_MemoryGroup]:
+    """This process's control groups (version 2, and 1 where memory is in it) and their ancestors."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
+    found = []
     for line in lines:
-        if line.startswith("0::"):
-            group = _CGROUP / line[3:].lstrip("/")
-            return [group, *[p for p in group.parents if p.is_relative_to(_CGROUP)]]
-    return []
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, names = _CGROUP, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root = _CGROUP / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = root / path.lstrip("/")
+        found += [_MemoryGroup(folder, *names) for folder in (group, *group.parents) if folder.is_relative_to(root)]
+    return found
 
 
 def divide_cpus(ranks: int, cpus: list[int] | None = None) -> tuple[tuple[int, ...], ...]:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import starlette.requests
 from starlette.responses import Response
 from starlette.routing import Route
 
+from asyncep_router.cost import ModelCost
 from asyncep_router.long_lived import settle
 from asyncep_sgl.batches.api import BatchApi, BatchLife
 from asyncep_sgl.calibration import calibrate
@@ -115,6 +117,7 @@ def main(arguments: list[str]) -> None:
                 vocabulary=model["vocab_size"],
                 context=context,
                 api_key=server_args.api_key,
+                hiding_tokens=lambda: _hiding_tokens(model, _ask(address, StatusRequest(), Status)),
             )
         if "rare-collections" not in config.without:
             settle()
@@ -128,6 +131,16 @@ def main(arguments: list[str]) -> None:
         launch_server(server_args, run_scheduler_process_func=rank, launch_callback=serving)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _hiding_tokens(model: dict[str, Any], status: Status) -> int | None:
+    """Tokens of a prompt whose layers take as long as their gathers, in the mean of the ranks; None until known."""
+    from asyncep_sgl.scheduling.flops_batches import tokens_within
+
+    known = [gather.saturation_flops for gather in status.gathers if gather.saturation_flops]
+    if not known:
+        return None
+    return tokens_within(ModelCost.from_config(model), statistics.fmean(known) * model["num_hidden_layers"], 0)
 
 
 def _read(arguments: list[str], prepare: Callable[[list[str]], Any]) -> Any:

@@ -26,6 +26,8 @@ from asyncep_sgl.scheduling.flops_batches import adder_class
 from asyncep_sgl.scheduling.reports import RankReporter
 
 _REPORT_SECONDS = 1.0
+# The first batches are those that T is measured with: each is told at once.
+_FIRST_BATCHES = 16
 
 
 class WeightGather:
@@ -117,7 +119,8 @@ class RankGather:
         target = self.batch_flops()
         self._book.batch(trace, float(self._cost.batch_flops(passes)), seconds, target)
         # What went wrong is told at once: the next batch on this rank may be long in coming.
-        if self._gather.counters != self._told or time.monotonic() - self._reported >= _REPORT_SECONDS:
+        news = self._gather.counters != self._told or self._book.batches <= _FIRST_BATCHES
+        if news or time.monotonic() - self._reported >= _REPORT_SECONDS:
             self._report()
 
     def _report(self) -> None:

@@ -82,6 +82,7 @@ def main() -> int:
         os.environ["ASYNCEP_CPU_ISA"] = chosen.isa
         os.environ["ONEDNN_MAX_CPU_ISA"] = {"amx": "AVX512_CORE_AMX", "avx512_bf16": "AVX512_CORE_BF16"}[chosen.isa]
     console = Console()
+    name = "gather-quick" if chosen.quick else "gather"
     config = TINY if chosen.quick else models.QWEN3_147M
     model = models.random_qwen3("qwen3-tiny-5" if chosen.quick else "qwen3-147m", config)
     peak = core_peak()
@@ -112,7 +113,7 @@ def main() -> int:
                 raw["links"][link.rate] = {**found, "stands_for": link.stands_for}
                 claims += link_claims(link.rate, found)
                 # Written as it grows: what a later part meets does not lose an earlier one.
-                write("gather", seed=SEED, raw=raw, claims=claims)
+                write(name, seed=SEED, raw=raw, claims=claims)
                 progress.advance(task)
     try:
         if not chosen.no_disk:
@@ -127,7 +128,7 @@ def main() -> int:
         console.print(
             f"{'holds' if claim.holds else 'FAILS'}  {claim.name}: {claim.value:.4g} {claim.unit} ({claim.wanted})"
         )
-    path = write("gather", seed=SEED, raw=raw, claims=claims)
+    path = write(name, seed=SEED, raw=raw, claims=claims)
     if raw["links"]:
         plot(raw["links"], path.with_suffix(".png"))
     console.print(f"written: {path}")

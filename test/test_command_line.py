@@ -94,6 +94,17 @@ def test_savings_are_flags_of_sglangs_that_the_user_can_overrule() -> None:
     assert len(parse(["--model", "m", "--asyncep-without", "all"]).without) > 2
 
 
+def test_large_batches_do_not_cost_a_cpu_the_memory_that_a_gpus_graphs_would_take() -> None:
+    def flags(*given: str, cpu: bool = True) -> list[str]:
+        return sglang_arguments(parse(["--model", "m", *given]), cpu=cpu, max_total_tokens=None)
+
+    large = ("--chunked-prefill-size", "36864")
+    assert "--mem-fraction-static" in flags(*large)
+    assert "--mem-fraction-static" not in flags(*large, cpu=False)
+    assert "--mem-fraction-static" not in flags()
+    assert flags(*large, "--mem-fraction-static", "0.5").count("--mem-fraction-static") == 1
+
+
 def test_a_saving_that_is_none_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["--model", "m", "--asyncep-without", "sleep"])

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from asyncep_sgl.experts.messages import GatherReport
 from asyncep_sgl.experts.pipeline import LayerTrace
-from asyncep_sgl.experts.window import WindowModel, peak_threshold
+from asyncep_sgl.experts.window import WindowModel, nearness, peak_threshold
 
 logger = logging.getLogger("asyncep.gathers")
 
-# A measured gather moves t_EP by this share of the difference.
-_LEARN = 0.05
+# A batch's gathers move t_EP by this share of the difference.
+_LEARN = 0.25
 
 
 @dataclass
@@ -54,10 +55,12 @@ class GatherBook:
         self.steps += seconds
         windows = [entry.window for entry in trace if entry.window is not None]
         if windows and flops > 0:
-            self.window.add(flops / self.layers, sum(windows) / len(windows))
-        for entry in trace:
-            if entry.gather and (entry.gather.exact or entry.gather.seconds < self.seconds):
-                self.seconds += _LEARN * (entry.gather.seconds - self.seconds)
+            window = statistics.fmean(windows)
+            self.window.add(flops / self.layers, window, nearness(window, self.seconds))
+        gathers = [entry.gather for entry in trace if entry.gather]
+        if told := [gather.seconds for gather in gathers if gather.exact or gather.seconds < self.seconds]:
+            # Their median: one gather that met a moment's trouble says nothing of the next.
+            self.seconds += _LEARN * (statistics.median(told) - self.seconds)
         if self.log:
             line = {
                 "event": "gather",

@@ -1,8 +1,11 @@
 """From which FLOPs on computing a layer takes longer than gathering one. Pure.
 
 The window of a layer is fitted as ``fixed + per_flop * FLOPs`` over the batches seen, old ones forgotten little by
-little. T after the paper is ``t_EP * F * gamma`` with F the device's peak; measured, it is where the fitted window
-reaches ``t_EP * gamma``: a device does not reach its peak, so the measured T is the lower of the two.
+little. The true curve bends where the gather is just hidden: below it, all of the computation shares the core with what
+comes in, above it a part. A line through both sides lies too low there, so batches count by how near they are to it.
+
+T after the paper is ``t_EP * F * gamma`` with F the device's peak; measured, it is where the fitted window reaches
+``t_EP * gamma``: a device does not reach its peak, so the measured T is the lower of the two.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ _HALF_LIFE = 200.0
 
 @dataclass
 class WindowModel:
-    """Least squares with forgetting over (FLOPs of a layer, seconds of its window)."""
+    """Weighted least squares with forgetting over (FLOPs of a layer, seconds of its window)."""
 
     _weight: float = 0.0
     _x: float = 0.0
@@ -23,16 +26,16 @@ class WindowModel:
     _xx: float = 0.0
     _xy: float = 0.0
 
-    def add(self, flops: float, seconds: float) -> None:
+    def add(self, flops: float, seconds: float, weight: float = 1.0) -> None:
         """One batch: mean FLOPs and mean window of its layers."""
         keep = 0.5 ** (1 / _HALF_LIFE)
         # Scaled so that squares of FLOPs stay within a float's precision.
         x = flops / 1e9
-        self._weight = self._weight * keep + 1
-        self._x = self._x * keep + x
-        self._y = self._y * keep + seconds
-        self._xx = self._xx * keep + x * x
-        self._xy = self._xy * keep + x * seconds
+        self._weight = self._weight * keep + weight
+        self._x = self._x * keep + weight * x
+        self._y = self._y * keep + weight * seconds
+        self._xx = self._xx * keep + weight * x * x
+        self._xy = self._xy * keep + weight * x * seconds
 
     def line(self) -> tuple[float, float]:
         """(fixed seconds, seconds a FLOP); through the origin while the batches are too alike to tell. (0, 0): none."""
@@ -52,6 +55,11 @@ class WindowModel:
         if per_flop <= 0:
             return None
         return max(0.0, seconds - fixed) / per_flop
+
+
+def nearness(seconds: float, other: float) -> float:
+    """How much a batch counts whose window is ``seconds`` where the window of interest is ``other``: 1 at most."""
+    return min(seconds / other, other / seconds) ** 2 if seconds > 0 and other > 0 else 0.0
 
 
 def peak_threshold(seconds: float, flops_per_second: float, margin: float) -> float:

@@ -26,10 +26,11 @@ def tokens_within(cost: ModelCost, budget: float, cached: int) -> int:
 
 
 def adder_class(cost: ModelCost, target: Callable[[], float]) -> type[PrefillAdder]:
-    """A `PrefillAdder` that closes a batch at ``target()`` FLOPs and cuts longer prompts into pieces of so much.
+    """A `PrefillAdder` that closes a batch at ``target()`` FLOPs and cuts longer prompts into pieces of at least that.
 
-    A request is admitted whole while the batch is below the target, so that a batch exceeds it by less than its last
-    request; cutting that one too would cost it a second pass over its prefix.
+    A request is admitted whole while the batch is below the target and stays below twice the target with it: cutting it
+    would cost a second pass over its prefix. A longer one is cut evenly, so that its last piece is no batch of little
+    that cannot hide its gathers.
     """
 
     class FlopsPrefillAdder(PrefillAdder):  # type: ignore[misc] # upstream is untyped
@@ -71,11 +72,14 @@ def adder_class(cost: ModelCost, target: Callable[[], float]) -> type[PrefillAdd
             )
 
         def _within(self, prefix: int, tokens: int, add: Callable[[], Any]) -> Any:
-            """``add()`` with the chunk limit lowered to the target, for a request that exceeds it by itself."""
+            """``add()`` with the chunk limit lowered for a request that makes several batches with what is there."""
             limit = self.rem_chunk_tokens
-            if limit is None or cost.flops(tokens, prefix) <= self.target_flops:
+            whole = self.flops + cost.flops(tokens, prefix)
+            pieces = whole // self.target_flops
+            if limit is None or pieces < 2:
                 return add()
-            lowered = min(limit, max(self.page_size, tokens_within(cost, self.target_flops, prefix)))
+            piece = tokens_within(cost, whole / pieces - self.flops, prefix)
+            lowered = min(limit, max(self.page_size, piece))
             self.rem_chunk_tokens = lowered
             self._cut = True
             try:

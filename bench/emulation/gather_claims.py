@@ -29,15 +29,20 @@ def link_claims(rate: str, found: dict[str, Any]) -> list[Claim]:
         start = statistics.fmean(report["saturation_flops"] for report in found["foretold"])
         off = abs(found["crossing_flops"] / start - 1)
         claims.append(Claim(f"{rate}: crossing against T foretold at start-up", off, 0.15, "relative", False))
-    idle = statistics.median(found["neighbours"]["idle"])
-    for state in ("stopped", "flooded"):
-        ratio = statistics.median(found["neighbours"][state]) / idle
+    ratios = {state: _over_idle(found["neighbours"], state) for state in ("stopped", "flooded")}
+    for state, ratio in ratios.items():
         claims.append(Claim(f"{rate}: step with the other rank {state}", ratio, 1.05, "of idle", False))
+    name = f"{rate}: step with the other rank flooded, over the same with nothing gathered"
+    claims.append(Claim(name, ratios["flooded"] / _over_idle(found["apart"], "flooded"), 1.05, "times", False))
     read = [rank["bytes_read"] for status in found["status"] for rank in status["ranks"]]
     owned = [rank["expert_bytes"] for status in found["status"] for rank in status["ranks"]]
     most = max(one / other for one, other in zip(read, owned, strict=True))
     claims.append(Claim(f"{rate}: expert bytes read from disk", most, 1.0, "of what the rank owns", False))
     return claims
+
+
+def _over_idle(seconds: dict[str, list[float]], state: str) -> float:
+    return statistics.median(seconds[state]) / statistics.median(seconds["idle"])
 
 
 def disk_claims(found: dict[str, Any]) -> list[Claim]:

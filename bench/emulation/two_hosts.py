@@ -55,7 +55,7 @@ class Hosts:
 
     def command(self, host: int, command: Sequence[str], cpus: str | None = None) -> list[str]:
         """``command`` on ``host``, on the given CPUs (as taskset writes them) or on its own one."""
-        on = cpus if cpus is not None else str(self._core(host))
+        on = cpus if cpus is not None else str(self.core(host))
         # UCX would find the other host's memory beside it on this machine; the link is what is to be used.
         transport = ["env", "UCX_TLS=tcp", f"UCX_NET_DEVICES={self._link(host)}"]
         return ["ip", "netns", "exec", self._name(host), *transport, "taskset", "-c", on, *command]
@@ -70,14 +70,15 @@ class Hosts:
         """Plugs the link in or out."""
         _run("ip", "-n", self._name(1), "link", "set", self._link(1), "up" if up else "down")
 
-    def _core(self, host: int) -> int:
+    def core(self, host: int) -> int:
+        """The CPU that is ``host``'s own."""
         own = sorted(os.sched_getaffinity(0))
         return own[host % len(own)]
 
     def _receive_on_own_core(self, host: int, interface: str) -> None:
         """Gives ``host`` the work of taking packets in; the sender's core would do it, as nothing is between them."""
         steering = f"/sys/class/net/{interface}/queues/rx-0/rps_cpus"
-        mask = f"{1 << self._core(host):x}"
+        mask = f"{1 << self.core(host):x}"
         _run("ip", "netns", "exec", self._name(host), "sh", "-c", f"echo {mask} > {steering}")
 
     def _name(self, host: int) -> str:

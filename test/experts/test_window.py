@@ -62,3 +62,23 @@ def test_a_bound_only_lowers_t() -> None:
     assert kept.seconds == 0.02
     serve(kept, 0.01, 40, exact=False)
     assert kept.seconds == pytest.approx(0.01, rel=0.01)
+
+
+def test_one_gather_that_met_trouble_moves_nothing() -> None:
+    kept = book(seconds=0.02)
+    traces = [LayerTrace(layer, 0.0, 0.05, Gathered(1.0 if layer == 3 else 0.02, True)) for layer in range(1, LAYERS)]
+    kept.batch(traces, 1e10, 0.05 * LAYERS, 1e10)
+    assert kept.seconds == pytest.approx(0.02)
+
+
+def test_batches_near_what_hides_a_gather_decide_where_the_curve_bends() -> None:
+    """Receiving takes a part of the core: of all of a window that is shorter than the gather, of a part of others."""
+    kept = book(seconds=0.1)
+    bend = 20e9  # FLOPs whose window is the gather's time
+    for number in range(40):
+        flops = bend * (0.2, 0.9, 1.1, 3.0)[number % 4]
+        window = 0.1 * flops / bend if flops < bend else 0.1 + 0.07 * (flops - bend) / bend
+        traces = [LayerTrace(layer, 0.0, window, Gathered(0.1, True)) for layer in range(1, LAYERS)]
+        kept.batch(traces, flops * LAYERS, window * LAYERS, flops * LAYERS)
+    # Unweighted it would be 11 % too high.
+    assert kept.report(0, 0).saturation_flops == pytest.approx(bend, rel=0.05)

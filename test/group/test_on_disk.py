@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable
@@ -11,13 +12,16 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 from server import Server, wait_measured
 
 from asyncep_router.cost import ModelCost
 from asyncep_sgl.errors import GatherError, StoreError
-from asyncep_sgl.experts.checkpoint_map import CheckpointMap
+from asyncep_sgl.experts.checkpoint_map import CheckpointMap, FileRun
+from asyncep_sgl.experts.file_spans import BLOCK, spans
 from asyncep_sgl.experts.gather import ExpertGather, GatheredLayer, slot_layout
 from asyncep_sgl.experts.transports.files import FileSource
 
@@ -55,10 +59,12 @@ def layers(missing: frozenset[int], dtype: torch.dtype) -> list[GatheredLayer]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_slots_hold_what_the_files_hold(tmp_path: Path, dtype: torch.dtype, depth: int) -> None:
+@pytest.mark.parametrize("free", [0, 1 << 40])
+def test_slots_hold_what_the_files_hold(tmp_path: Path, dtype: torch.dtype, depth: int, free: int) -> None:
+    """With ``free`` 0 past the page cache."""
     written = write_checkpoint(tmp_path, dtype)
     missing = frozenset({1, 2, 4})
-    source = FileSource(sorted(tmp_path.glob("*.safetensors")), str(dtype).removeprefix("torch."))
+    source = FileSource(sorted(tmp_path.glob("*.safetensors")), str(dtype).removeprefix("torch."), lambda: free)
     gather = ExpertGather(layers(missing, dtype), source, depth)
     for _ in range(3):
         gather.begin()
@@ -99,10 +105,12 @@ def test_what_cannot_be_read_in_place_is_refused(tmp_path: Path) -> None:
         ExpertGather(layers(frozenset(range(EXPERTS)), torch.float32), source, 2)
 
 
-def test_a_file_that_has_shrunk_is_an_error_not_old_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("free", [0, 1 << 40])
+def test_a_file_that_has_shrunk_is_an_error_not_old_bytes(tmp_path: Path, free: int) -> None:
     write_checkpoint(tmp_path, torch.float32)
     paths = sorted(tmp_path.glob("*.safetensors"))
-    gather = ExpertGather(layers(frozenset({0, 3}), torch.float32), FileSource(paths, "float32"), 2)
+    source = FileSource(paths, "float32", lambda: free)
+    gather = ExpertGather(layers(frozenset({0, 3}), torch.float32), source, 2)
     for path in paths:
         with path.open("r+b") as file:
             file.truncate(2000)
@@ -110,6 +118,34 @@ def test_a_file_that_has_shrunk_is_an_error_not_old_bytes(tmp_path: Path) -> Non
     with pytest.raises(GatherError, match="was it changed"):
         gather.wait(0)
     gather.pipeline.close()
+
+
+@given(data=st.data(), blocks=st.integers(2, 5))
+def test_spans_read_every_byte_once_in_whole_blocks(data: st.DataObject, blocks: int) -> None:
+    """Runs anywhere in two files of recognisable bytes, read by spans into a slot."""
+    size = 12 * BLOCK + 700
+    files = {name: random.Random(name).randbytes(size) for name in ("a", "b")}
+    cuts = st.lists(st.integers(0, size), min_size=2, max_size=12, unique=True).map(sorted)
+    runs = []
+    for name in files:
+        found = data.draw(cuts)
+        runs += [FileRun(name, low, high - low) for low, high in itertools.pairwise(found) if data.draw(st.booleans())]
+    data.draw(st.randoms(use_true_random=False)).shuffle(runs)
+    targets = [*itertools.accumulate((run.nbytes for run in runs), initial=0)]
+    slot, touched = bytearray(targets[-1]), bytearray(targets[-1])
+    planned = spans(zip(runs, targets, strict=False), blocks * BLOCK)
+    for span in planned:
+        assert span.offset % BLOCK == span.nbytes % BLOCK == 0 < span.nbytes <= blocks * BLOCK
+        read = files[span.file][span.offset : span.offset + span.nbytes]
+        assert span.needed <= len(read)
+        for part in span.parts:
+            slot[part.target : part.target + part.nbytes] = read[part.source : part.source + part.nbytes]
+            for byte in range(part.target, part.target + part.nbytes):
+                touched[byte] += 1
+    assert all(count == 1 for count in touched)
+    assert slot == b"".join(files[run.file][run.offset : run.offset + run.nbytes] for run in runs)
+    # What lies beside is read for nothing: at most a block at each end of a run.
+    assert sum(span.nbytes for span in planned) <= len(slot) + 2 * BLOCK * (len(runs) + len(planned))
 
 
 @pytest.mark.server
