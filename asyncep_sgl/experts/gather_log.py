@@ -59,8 +59,10 @@ class GatherBook:
             self.window.add(flops / self.layers, window, nearness(window, self.seconds))
         gathers = [entry.gather for entry in trace if entry.gather]
         if told := [gather.seconds for gather in gathers if gather.exact or gather.seconds < self.seconds]:
-            # Their median: one gather that met a moment's trouble says nothing of the next.
-            self.seconds += _LEARN * (statistics.median(told) - self.seconds)
+            # Their mean: two that are under way at once may share the link and end together, one after twice its time
+            # and the other at once. What met a moment's trouble counts as twice as slow, however slow it was.
+            mean = min(2 * self.seconds, max(self.seconds / 2, statistics.fmean(told)))
+            self.seconds += _LEARN * (mean - self.seconds)
         if self.log:
             line = {
                 "event": "gather",

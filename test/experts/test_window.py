@@ -64,11 +64,21 @@ def test_a_bound_only_lowers_t() -> None:
     assert kept.seconds == pytest.approx(0.01, rel=0.01)
 
 
-def test_one_gather_that_met_trouble_moves_nothing() -> None:
+def after_gathers(*seconds: float) -> float:
+    """t_EP, 20 ms before, after a batch whose gathers took ``seconds``."""
     kept = book(seconds=0.02)
-    traces = [LayerTrace(layer, 0.0, 0.05, Gathered(1.0 if layer == 3 else 0.02, True)) for layer in range(1, LAYERS)]
+    traces = [LayerTrace(layer, 0.0, 0.05, Gathered(each, True)) for layer, each in enumerate(seconds)]
     kept.batch(traces, 1e10, 0.05 * LAYERS, 1e10)
-    assert kept.seconds == pytest.approx(0.02)
+    return kept.seconds
+
+
+def test_gathers_that_share_the_link_count_together() -> None:
+    assert after_gathers(0.04, 0.0, 0.04, 0.0) == pytest.approx(0.02)
+
+
+@given(trouble=st.floats(0, 1e3))
+def test_a_moments_trouble_moves_t_by_a_quarter_at_most(trouble: float) -> None:
+    assert 0.0175 - 1e-9 <= after_gathers(0.02, trouble) <= 0.025 + 1e-9
 
 
 def test_batches_near_what_hides_a_gather_decide_where_the_curve_bends() -> None:
