@@ -46,7 +46,8 @@ class Host:
 
     def __post_init__(self) -> None:
         self.store = StoreServer(1)
-        self._thread = threading.Thread(target=self._serve)
+        # Daemon: where a test ends before it has closed its hosts, pytest is to end as well.
+        self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
         self.group = GroupConfig(
             nodes=NODES,
