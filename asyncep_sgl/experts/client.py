@@ -9,6 +9,7 @@ import zmq
 
 from asyncep_sgl.errors import StoreError
 from asyncep_sgl.experts.messages import Refused, Reply, Request
+from asyncep_sgl.zmq_end import ends_with
 
 _Reply = TypeVar("_Reply")
 
@@ -20,8 +21,9 @@ class StoreClient:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.REQ)
+        context = zmq.Context()
+        self._socket = context.socket(zmq.REQ)
+        self._end = ends_with(self, context, [self._socket])
         # What could not be delivered must not keep a process from ending.
         self._socket.linger = 0
         self._socket.connect(address)
@@ -65,5 +67,4 @@ class StoreClient:
 
     def close(self) -> None:
         """Hangs up."""
-        self._socket.close()
-        self._context.term()
+        self._end()

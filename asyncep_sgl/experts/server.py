@@ -13,6 +13,7 @@ from asyncep_sgl.experts.messages import Refused, Reply, Request
 from asyncep_sgl.experts.registry import StoreRegistry
 from asyncep_sgl.experts.segment import OwnedSegment
 from asyncep_sgl.host import available_bytes
+from asyncep_sgl.zmq_end import ends_with
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,9 @@ class StoreServer:
         # An abstract address: the kernel forgets it with the socket, so no file can be left behind.
         self.address = f"ipc://@asyncep-{secrets.token_hex(8)}"
         self.registry: StoreRegistry[bytes] = StoreRegistry(ranks, OwnedSegment, available_bytes, limit)
-        self._context = zmq.Context()
-        self.socket = self._context.socket(zmq.ROUTER)
+        context = zmq.Context()
+        self.socket = context.socket(zmq.ROUTER)
+        self._end = ends_with(self, context, [self.socket])
         self.socket.bind(self.address)
         self._decoder = msgspec.msgpack.Decoder(Request)
         self._handles = HandleKeeper(self.address) if devices else None
@@ -62,8 +64,7 @@ class StoreServer:
 
     def close(self) -> None:
         """Ends the conversation and gives the memory back."""
-        self.socket.close(linger=0)
-        self._context.term()
+        self._end()
         self.registry.close()
         if self._handles is not None:
             self._handles.close()

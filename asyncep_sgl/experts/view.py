@@ -6,6 +6,7 @@ import zmq
 
 from asyncep_sgl.errors import GatherError
 from asyncep_sgl.experts.peers import HealthRequest, View, ViewRequest, decode, encode
+from asyncep_sgl.zmq_end import ends_with
 
 
 class ViewClient:
@@ -14,25 +15,26 @@ class ViewClient:
     def __init__(self, address: str) -> None:
         self._address = address
         self._context = zmq.Context()
-        self._socket = self._connect()
+        self._sockets = [self._connect()]
+        self._end = ends_with(self, self._context, self._sockets)
 
     def view(self, *, descriptors: bool = True) -> View:
         """The other hosts as the exporter sees them now. An exporter that is being restarted is waited for."""
         while True:
-            self._socket.send(encode(ViewRequest() if descriptors else HealthRequest()))
-            if self._socket.poll(1000):
+            (line,) = self._sockets
+            line.send(encode(ViewRequest() if descriptors else HealthRequest()))
+            if line.poll(1000):
                 break
-            self._socket.close()
-            self._socket = self._connect()
-        answer = decode(self._socket.recv())
+            line.close()
+            self._sockets[:] = [self._connect()]
+        answer = decode(line.recv())
         if not isinstance(answer, View):
             raise GatherError(f"the exporter at {self._address} answered {type(answer).__name__}")
         return answer
 
     def close(self) -> None:
         """Hangs up."""
-        self._socket.close()
-        self._context.term()
+        self._end()
 
     def _connect(self) -> zmq.Socket[bytes]:
         line = self._context.socket(zmq.REQ)

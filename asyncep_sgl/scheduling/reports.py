@@ -12,6 +12,7 @@ from sglang.srt.disaggregation.kv_events import EventBatch, EventPublisher
 from asyncep_router.cost import ModelCost
 from asyncep_sgl.scheduling.cache_events import joined
 from asyncep_sgl.scheduling.wire import CacheEvents, Finished, RankMessage, Threshold, encode
+from asyncep_sgl.zmq_end import ends_with
 
 
 class RankReporter:
@@ -20,8 +21,9 @@ class RankReporter:
     def __init__(self, rank: int, address: str, cost: ModelCost) -> None:
         self.rank = rank
         self._cost = cost
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.PUSH)
+        context = zmq.Context()
+        self._socket = context.socket(zmq.PUSH)
+        ends_with(self, context, [self._socket])
         self._socket.linger = 0
         self._socket.set_hwm(0)
         self._socket.connect(address)

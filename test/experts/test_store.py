@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import select
@@ -9,8 +10,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from asyncep_sgl.experts.manager import ExpertManager
 from asyncep_sgl.experts.messages import Allocate, Hello, Segment, Status, StatusRequest, TensorSpec, Welcome
 from asyncep_sgl.experts.segment import OwnedSegment, map_segment
 from asyncep_sgl.experts.server import StoreServer
+from asyncep_sgl.experts.view import ViewClient
 
 LAYERS, EXPERTS, ROWS, COLUMNS = 3, 5, 64, 96
 
@@ -152,6 +155,24 @@ def test_a_rank_outside_the_group_is_refused(store: RunningStore) -> None:
 def test_a_silent_store_is_an_error_not_a_hang() -> None:
     with pytest.raises(StoreError, match="is the launcher stopped"):
         StoreClient("ipc://@asyncep-nobody").ask(StatusRequest(), Status, patience=0.2)
+
+
+@pytest.mark.parametrize("make", [StoreClient, ViewClient, lambda _: StoreServer(1)])
+def test_what_is_dropped_in_a_cycle_holds_no_thread_up(make: Callable[[str], Any], store: RunningStore) -> None:
+    """The collector may meet a context before its sockets, for which it waits for ever."""
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(20):
+            circle = [make(store.address)]
+            circle.append(circle)
+            del circle
+        collecting = threading.Thread(target=gc.collect, daemon=True)
+        collecting.start()
+        collecting.join(20)
+    finally:
+        gc.enable()
+    assert not collecting.is_alive()
 
 
 def test_nonsense_on_the_socket_hurts_nobody(store: RunningStore) -> None:
