@@ -27,6 +27,8 @@ pytestmark = pytest.mark.server
 DOCS = Path(__file__).parents[2] / "docs"
 KEY = "secret"
 ROWS = 500
+# More than a rank does before the test has gone on.
+MANY = 3000
 
 
 class Host:
@@ -168,24 +170,24 @@ def test_echo_without_new_tokens(host: Host) -> None:
 
 
 def test_interactive_requests_pass_a_batch(host: Host) -> None:
-    batch = host.order([completion(i, 240) for i in range(400)])
+    batch = host.order([completion(i, 240) for i in range(MANY)])
     host.wait(batch, lambda found: found.status == "in_progress")
     body = completion(9999)["body"]
     for _ in range(3):
         host.client.completions.create(**body)
     counts = host.client.batches.retrieve(batch.id).request_counts
     assert counts is not None
-    assert counts.completed < 400
+    assert counts.completed < MANY
     host.client.batches.cancel(batch.id)
     done = host.wait(batch)
     assert done.status == "cancelled"
     assert done.cancelling_at is not None
     assert done.request_counts is not None
-    assert done.request_counts.completed < 400
+    assert done.request_counts.completed < MANY
     good = host.lines(done.output_file_id) if done.output_file_id else []
     bad = host.lines(done.error_file_id)
     assert {line["error"]["code"] for line in bad} == {"batch_cancelled"}
-    assert sorted(line["custom_id"] for line in good + bad) == sorted(f"row-{i}" for i in range(400))
+    assert sorted(line["custom_id"] for line in good + bad) == sorted(f"row-{i}" for i in range(MANY))
     # Again changes nothing; and what has ended otherwise stays so.
     assert host.client.batches.cancel(batch.id).status == "cancelled"
     done = host.wait(host.order([completion(0)]))
@@ -194,12 +196,12 @@ def test_interactive_requests_pass_a_batch(host: Host) -> None:
 
 
 def test_a_window_that_is_too_short(host: Host) -> None:
-    batch = host.wait(host.order([completion(i, 240) for i in range(600)], completion_window="1s"))
+    batch = host.wait(host.order([completion(i, 240) for i in range(MANY)], completion_window="1s"))
     assert batch.status == "expired"
     bad = host.lines(batch.error_file_id)
     assert {line["error"]["code"] for line in bad} == {"batch_expired"}
     good = host.lines(batch.output_file_id) if batch.output_file_id else []
-    assert len(good) + len(bad) == 600
+    assert len(good) + len(bad) == MANY
 
 
 def test_files_and_lists(host: Host) -> None:
