@@ -140,7 +140,8 @@ def _hiding_tokens(model: dict[str, Any], status: Status) -> int | None:
     known = [gather.saturation_flops for gather in status.gathers if gather.saturation_flops]
     if not known:
         return None
-    return tokens_within(ModelCost.from_config(model), statistics.fmean(known) * model["num_hidden_layers"], 0)
+    cost = ModelCost.from_config(model)
+    return tokens_within(cost, cost.threshold_flops(statistics.fmean(known)), 0)
 
 
 def _read(arguments: list[str], prepare: Callable[[list[str]], Any]) -> Any:

@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import psutil
+from peer_start import await_answer, free_port
 
 
 def batch_survives_a_kill(model: Path, prompts: list[str]) -> dict[str, Any]:
@@ -36,9 +35,7 @@ def batch_survives_a_kill(model: Path, prompts: list[str]) -> dict[str, Any]:
         }
         for number, prompt in enumerate(prompts)
     ]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(_client(port)) as client:
         with _server(model, port, Path(folder), signal.SIGKILL):
             began = time.perf_counter()
@@ -86,14 +83,7 @@ def _server(model: Path, port: int, state: Path, end: signal.Signals) -> Iterato
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
-            while True:
-                if process.poll() is not None:
-                    log.seek(0)
-                    raise RuntimeError(f"asyncep serve ended:\n{log.read()[-3000:].decode(errors='replace')}")
-                with contextlib.suppress(httpx.HTTPError):
-                    if httpx.get(f"http://127.0.0.1:{port}/health", timeout=30).status_code == 200:
-                        break
-                time.sleep(0.25)
+            await_answer("asyncep serve", process, log, f"http://127.0.0.1:{port}")
             yield
         finally:
             children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import IO
 
 import httpx
 from stock_end import end_with_parent, ended_whole
@@ -36,16 +37,25 @@ def answering(name: str, command: Sequence[str], port: int, environment: Mapping
         )
         with ended_whole(process):
             url = f"http://127.0.0.1:{port}"
-            while True:
-                if process.poll() is not None:
-                    log.seek(0)
-                    raise RuntimeError(f"{name} did not start:\n{log.read()[-3000:].decode(errors='replace')}")
-                with contextlib.suppress(httpx.HTTPError):
-                    if httpx.get(f"{url}/health", timeout=30).status_code == 200:
-                        break
-                # A start has no event to wait for but its answer.
-                time.sleep(0.25)
+            await_answer(name, process, log, url)
             yield url
+
+
+def await_answer(name: str, process: subprocess.Popen[bytes], log: IO[bytes], url: str) -> None:
+    """Returns once `/health` answers 200.
+
+    Raises:
+        RuntimeError: `process` ended before; with `name` and the end of its `log`.
+    """
+    while True:
+        if process.poll() is not None:
+            log.seek(0)
+            raise RuntimeError(f"{name} did not start:\n{log.read()[-3000:].decode(errors='replace')}")
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/health", timeout=30).status_code == 200:
+                return
+        # A start has no event to wait for but its answer.
+        time.sleep(0.25)
 
 
 def flush_cache(url: str) -> None:

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 # A read that takes this long makes its reader ask whether the host is still there.
 _SUSPICIOUS_SECONDS = 2.0
 _MENTION_SECONDS = 5.0
+# So often a rank looks for hosts that it does not read from.
+_LOOK_SECONDS = 5.0
 # What came wrong is asked for again after 0.2 s, 0.4 s …; a fifth time ends the rank.
 _MOST_WRONG = 5
 _WRONG_SECONDS = 0.1
@@ -51,6 +53,7 @@ class PeerSource:
         self._verify = verify
         self.arrivals = Arrivals()
         self._connected: dict[int, Descriptor] = {}
+        self._look_at = 0.0
         self._sources: dict[tuple[int, int, str], tuple[int, int]] = {}
         self._digests: dict[tuple[int, int, str, int], int] = {}
 
@@ -61,7 +64,11 @@ class PeerSource:
         self.wait_for_peers()
 
     def start(self, layer: int, slot: int) -> _LayerFetch:
-        """See `LayerSource`."""
+        """See `LayerSource`. Hosts that come late, or again, are read from as well."""
+        now = time.monotonic()
+        if len(self._connected) < self._nodes - 1 and now >= self._look_at:
+            self._look_at = now + _LOOK_SECONDS
+            self.refresh()
         return _LayerFetch(self, layer, slot)
 
     def wait_for_peers(self) -> None:

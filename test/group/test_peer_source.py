@@ -17,6 +17,7 @@ import torch
 from server import free_port
 
 from asyncep_sgl.config import AsyncEPConfig, GroupConfig
+from asyncep_sgl.experts import peer_source
 from asyncep_sgl.experts.gather import ExpertGather, GatheredLayer, slot_layout
 from asyncep_sgl.experts.manager import ExpertManager
 from asyncep_sgl.experts.peer_source import PeerSource
@@ -159,17 +160,25 @@ def test_what_no_host_else_has_is_waited_for(group: Group) -> None:
 
 
 @pytest.mark.parametrize("group", [2], indirect=True)
-def test_with_two_copies_a_lost_host_is_not_waited_for(group: Group) -> None:
+def test_with_two_copies_a_lost_host_is_not_waited_for(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_source, "_LOOK_SECONDS", 0.2)
+
+    def batches_until_read_from(node: int) -> None:
+        deadline = time.monotonic() + 60
+        while node not in (group.source.choose(1) or {}):
+            assert time.monotonic() < deadline
+            group.batch()
+
     # With two copies a host may begin before all others are there.
-    while 1 not in (group.source.choose(1) or {}):
-        group.source.refresh()
-        time.sleep(0.05)
-    for _ in range(2):
-        group.batch()
+    batches_until_read_from(1)
     group.hosts[1].kill_exporter()
     for _ in range(5):
         group.batch()
     assert group.gather.counters.peer_losses >= 1
+    assert 1 not in (group.source.choose(1) or {})
+    group.hosts[1].start_exporter()
+    batches_until_read_from(1)
+    assert group.gather.counters.digest_failures == 0
 
 
 @pytest.mark.parametrize("group", [1], indirect=True)
