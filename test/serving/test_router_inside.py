@@ -169,6 +169,8 @@ def test_a_killed_rank_loses_nothing_and_comes_back(server: Server) -> None:
     expected = {number: server.log_probabilities([prompt(number)], LABELS)[0] for number in set(numbers)}
     server.post("/flush_cache", {})
     ranks = server.status()["ranks"]
+    # Stopped, it has work for certain when it is killed.
+    os.kill(ranks[1]["pid"], signal.SIGSTOP)
     with ThreadPoolExecutor(64) as pool:
         # The first token differs, so that the prefix cache cannot answer for the rank.
         answers = [pool.submit(server.log_probabilities, [prompt(number)], LABELS) for number in numbers]
@@ -210,6 +212,7 @@ def test_a_lone_rank_that_is_killed_loses_nothing(lone: Server) -> None:
     expected = {number: lone.log_probabilities([prompt(number)], LABELS)[0] for number in set(numbers)}
     lone.post("/flush_cache", {})
     rank = lone.status()["ranks"][0]
+    os.kill(rank["pid"], signal.SIGSTOP)
     with ThreadPoolExecutor(16) as pool:
         answers = [pool.submit(lone.log_probabilities, [prompt(number)], LABELS) for number in numbers]
         wait_until(lambda: router(lone)["ranks"]["0"]["requests_in_flight"] > 0)
