@@ -9,8 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from asyncep_router.errors import ConfigError
+from asyncep_router.keys import Keys, key_from
 from asyncep_sgl.config import Saving
 from asyncep_sgl.errors import UsageError
+from asyncep_sgl.front import options as front_options
+from asyncep_sgl.front.key_memory import ADMIN_KEY_VARIABLE, KEY_VARIABLE
+from asyncep_sgl.front.options import FrontOptions
 
 Decode = Literal["refuse", "allow"]
 Kernels = Literal["ours", "sglang"]
@@ -26,7 +31,7 @@ taken as well and passed on; `sglang serve --help` lists them.
 _EXAMPLES = """\
 examples:
   asyncep serve --model-path ./demo-model --dp-size 2
-  asyncep serve --model-path Qwen/Qwen3-30B-A3B --dp-size 2 --port 8000 --api-key secret
+  asyncep serve --model-path Qwen/Qwen3-30B-A3B --dp-size 2 --port 8000 --api-key @key.txt
 
 endpoints: /generate (max_new_tokens=0, token_ids_logprob), /v1/score, /v1/completions (echo), /v1/batches,
 /asyncep/status and SGLang's others.
@@ -55,6 +60,8 @@ class ServeOptions:
         log_gathers: write a line for each batch that gathered.
         without: savings of processor time to leave out.
         batch_folder: where the Batch API keeps its state; None for the default.
+        keys: of clients and of the administrator.
+        front: bounds on what clients may ask.
         passed: SGLang's own flags as the user gave them, the above excluded.
     """
 
@@ -88,6 +95,8 @@ class ServeOptions:
     log_gathers: bool
     without: tuple[Saving, ...]
     batch_folder: str | None
+    keys: Keys
+    front: FrontOptions
     passed: tuple[str, ...]
 
 
@@ -185,6 +194,19 @@ def parse(arguments: Sequence[str]) -> ServeOptions:
         metavar="DIR",
         help="where /v1/files and /v1/batches keep their state (default $XDG_STATE_HOME/asyncep/batches/PORT)",
     )
+    access = parser.add_argument_group("keys", "KEY may be @FILE, whose first line is the key; docs/security.md")
+    access.add_argument(
+        "--api-key", metavar="KEY", help="key that clients send (default: $ASYNCEP_API_KEY; without, none is asked for)"
+    )
+    access.add_argument(
+        "--admin-api-key", metavar="KEY", help="key of control endpoints such as /flush_cache ($ASYNCEP_ADMIN_API_KEY)"
+    )
+    access.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help="keys of several clients, a line each: NAME KEY [admin] [prompts_per_second=N] [file_bytes=SIZE]",
+    )
+    front_options.add_flags(parser, parse_size)
     hosts = parser.add_argument_group("several hosts", "run the same command on each, with its own --node-rank")
     hosts.add_argument("--nnodes", type=int, default=1, metavar="N", help="hosts that share the experts (default 1)")
     hosts.add_argument("--node-rank", type=int, default=0, metavar="I", help="which of them this is, from 0")
@@ -293,8 +315,21 @@ def parse(arguments: Sequence[str]) -> ServeOptions:
         log_gathers=known.asyncep_log_gathers,
         without=known.asyncep_without,
         batch_folder=known.asyncep_batch_dir,
+        keys=_keys(known),
+        front=front_options.read_flags(known),
         passed=tuple(passed),
     )
+
+
+def _keys(known: argparse.Namespace) -> Keys:
+    try:
+        return Keys.of(
+            key_from(known.api_key, KEY_VARIABLE),
+            key_from(known.admin_api_key, ADMIN_KEY_VARIABLE),
+            known.api_key_file,
+        )
+    except ConfigError as error:
+        raise UsageError(str(error)) from error
 
 
 def _refuse_unservable(known: argparse.Namespace) -> None:

@@ -7,6 +7,8 @@ from typing import Literal
 
 import msgspec
 
+from asyncep_sgl.front.options import FrontOptions
+
 CONFIG_VARIABLE = "ASYNCEP_CONFIG"
 
 
@@ -99,6 +101,8 @@ class AsyncEPConfig(msgspec.Struct, frozen=True, kw_only=True):
         without: savings of processor time that are left out.
         transport: where the experts lie: ``host`` in the host's memory for CPUs, ``cuda`` in the devices' memory, a
             part each, ``pinned`` in the host's memory for devices.
+        front: bounds on what clients may ask.
+        keys: file with the server's keys, in the launcher's memory; empty where it has none.
         decode: what happens to a request that would decode: ``refuse`` answers 400, ``allow`` serves it.
     """
 
@@ -116,6 +120,8 @@ class AsyncEPConfig(msgspec.Struct, frozen=True, kw_only=True):
     decode: Literal["refuse", "allow"] = "refuse"
     kernels: Literal["ours", "sglang"] = "ours"
     without: tuple[Saving, ...] = ()
+    front: FrontOptions = FrontOptions()
+    keys: str = ""
 
     def to_environment(self) -> dict[str, str]:
         """The variables a child process needs to find this configuration again."""

@@ -26,6 +26,21 @@ def admit_zero_max_tokens() -> None:
     CompletionRequest.model_rebuild(force=True)
 
 
+def leave_garbage_to_us() -> None:
+    """Keeps SGLang from asking its own server to freeze its objects, with a key that it has not; `settle` does it.
+
+    To be called when SGLang's HTTP server is imported.
+
+    Raises:
+        SeamError: upstream does not ask any more.
+    """
+    from sglang.srt.entrypoints import http_server
+
+    if not hasattr(http_server, "_freeze_gc_after_server_warmup"):
+        raise SeamError("seam http_server._freeze_gc_after_server_warmup is gone")
+    http_server._freeze_gc_after_server_warmup = lambda _server_args: None
+
+
 def fork_processes_ahead(ranks: int) -> None:
     """Lets the front's processes, and the ranks of its controller, be forked from what the front has imported.
 

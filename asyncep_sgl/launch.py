@@ -21,6 +21,7 @@ from asyncep_sgl.errors import AsyncEPError, UsageError
 from asyncep_sgl.experts.fingerprint import checkpoint_fingerprint
 from asyncep_sgl.experts.segment import OwnedSegment
 from asyncep_sgl.experts.server import StoreServer
+from asyncep_sgl.front.key_memory import hand_on, hide_arguments, without_keys
 from asyncep_sgl.host import COMPUTING, available_bytes, divide_cpus
 from asyncep_sgl.kv_budget import kv_tokens, one_batch_tokens
 from asyncep_sgl.model_support import check_supported, read_config
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="asyncep: %(message)s", level=logging.INFO)
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
+        hide_arguments(sys.orig_argv)
         return serve(options)
     except AsyncEPError as error:
         print(f"asyncep serve: {error}", file=sys.stderr)
@@ -84,6 +86,7 @@ def _serve_in(
 ) -> int:
     store = StoreServer(options.ranks, options.store_limit, devices=cuda is not None and cuda.transport == "cuda")
     load_board = OwnedSegment("loads", mmap.PAGESIZE)
+    keys = hand_on(options.keys)
     cpus = divide_cpus(options.ranks)
     router = None
     if uses_our_router(options):
@@ -109,8 +112,10 @@ def _serve_in(
         decode=options.decode,
         kernels=options.kernels,
         without=options.without,
+        front=options.front,
+        keys=keys.path,
     )
-    environment = {**os.environ, **config.to_environment(), "TMPDIR": str(directory)}
+    environment = {**without_keys(os.environ), **config.to_environment(), "TMPDIR": str(directory)}
     tokens = None
     if cuda is None:
         environment |= _cpu_environment(cpus)

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.disaggregation.kv_events import EventPublisherFactory
@@ -28,12 +28,14 @@ from asyncep_sgl.batches.mark import in_batch
 from asyncep_sgl.config import AsyncEPConfig
 from asyncep_sgl.errors import SeamError, StoreError
 from asyncep_sgl.experts.manager import ExpertManager
+from asyncep_sgl.front.seams import FRONT_SEAMS, admit, count_answer
 from asyncep_sgl.lifeline import die_with
 from asyncep_sgl.model_support import read_config
 from asyncep_sgl.platform import fallbacks
 from asyncep_sgl.platform.cpu import AnyCpuPlatform
 from asyncep_sgl.scheduling.reports import RankReporter, RouterEventPublisher
-from asyncep_sgl.validation import check_fields, check_prefill_only, check_prompt
+from asyncep_sgl.seam import Seam
+from asyncep_sgl.validation import check_prefill_only, check_prompt
 
 if TYPE_CHECKING:
     from asyncep_sgl.weight_gather import RankGather
@@ -50,15 +52,6 @@ _config: AsyncEPConfig | None = None
 _manager: ExpertManager | None = None
 _reporter: RankReporter | None = None
 _gather: RankGather | None = None
-
-
-class Seam(NamedTuple):
-    """One place of SGLang that is hooked: what, how, with which parameters it was when this was written."""
-
-    target: str
-    hook: Callable[..., Any]
-    kind: HookType
-    parameters: tuple[str, ...]
 
 
 # --- scheduler process -------------------------------------------------------------------------------------------
@@ -226,7 +219,7 @@ def _before_detokenizing(_manager: Any) -> None:
 
 def _before_generate(manager: Any, obj: Any, *_: Any, **__: Any) -> None:
     """Fields are looked at before SGLang spreads a batch over its requests."""
-    check_fields(obj, manager.model_config.vocab_size)
+    admit(manager, obj, _active_config())
     if in_batch.get() and obj.priority is None and _router_has_priorities(manager.server_args):
         obj.priority = _BATCH_PRIORITY
 
@@ -241,6 +234,7 @@ def _before_validate(manager: Any, obj: Any, input_ids: list[int] | None) -> Non
     """Bad input is answered here, before it can reach a rank."""
     config = _active_config()
     check_prompt(input_ids, manager.model_config.vocab_size)
+    count_answer(obj, len(input_ids or ()), config)
     sampling = getattr(obj, "sampling_params", None)
     if config.decode == "refuse" and hasattr(obj, "return_logprob"):
         check_prefill_only(sampling or {})
@@ -365,6 +359,7 @@ SEAMS: tuple[Seam, ...] = (
         HookType.BEFORE,
         ("self", "obj", "input_ids"),
     ),
+    *FRONT_SEAMS,
 )
 
 # Needed wherever the plain-CPU platform serves, stock SGLang included.

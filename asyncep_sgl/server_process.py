@@ -27,6 +27,9 @@ from asyncep_sgl.drain import Drain
 from asyncep_sgl.experts.client import StoreClient
 from asyncep_sgl.experts.messages import Done, Hello, Request, Serving, Status, StatusRequest, Welcome
 from asyncep_sgl.experts.view import ViewClient
+from asyncep_sgl.front.access import Policy
+from asyncep_sgl.front.guard import abort_route, guard
+from asyncep_sgl.front.key_memory import read_keys
 from asyncep_sgl.group_gate import GroupGate, GroupHealth, watch
 from asyncep_sgl.model_support import read_config
 from asyncep_sgl.router_state import router_state
@@ -48,17 +51,19 @@ def main(arguments: list[str]) -> None:
 
     # First, as in sglang.launch_server: what is imported from here on is already hooked.
     load_plugins()
-    from asyncep_sgl.front_start import admit_zero_max_tokens, fork_processes_ahead
+    from asyncep_sgl.front.seams import owner_of
+    from asyncep_sgl.front_start import admit_zero_max_tokens, fork_processes_ahead, leave_garbage_to_us
     from asyncep_sgl.plugin import assert_active
 
     admit_zero_max_tokens()
-    from sglang.srt.entrypoints.http_server import app, launch_server
+    from sglang.srt.entrypoints.http_server import app, get_global_state, launch_server
     from sglang.srt.managers.scheduler import run_scheduler_process
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
     from asyncep_sgl.scheduling.one_rank import run_router_of_one_rank
 
+    leave_garbage_to_us()
     config = AsyncEPConfig.from_environment()
     if config is None:
         raise SystemExit("this module is started by asyncep serve, not by hand")
@@ -94,29 +99,39 @@ def main(arguments: list[str]) -> None:
         health = GroupHealth(config.group.nodes, config.group.copies, config.group.patience_seconds)
         watch(health, ViewClient(config.group.exporter_address))
         app.add_middleware(GroupGate, health=health)
+    policy = Policy(read_keys(config.keys), config.decode == "allow")
     batches = BatchApi(
         app,
         Path(config.batch_folder),
         server_args.model_path,
-        server_args.api_key,
+        policy.internal,
         most=config.ranks * (_BATCH_REQUESTS_ROUTED if config.router is not None else _BATCH_REQUESTS),
     )
     app.routes.extend(batches.routes())
     app.add_middleware(BatchLife, api=batches)
+    model = read_config(server_args.model_path, server_args.revision)
+    context = server_args.context_length or model["max_position_embeddings"]
+    guard(app, config.front, policy, context=context)
+    app.routes.insert(
+        0,
+        abort_route(
+            policy.keys,
+            lambda **which: get_global_state().tokenizer_manager.abort_request(**which),
+            lambda rid: owner_of(get_global_state().tokenizer_manager, rid),
+        ),
+    )
     app.add_middleware(Drain)
     app.add_api_route("/asyncep/status", status, methods=["GET"])
     url = f"http://{host}:{server_args.port}"
 
     def serving() -> None:
         if config.group.gathers:
-            model = read_config(server_args.model_path, server_args.revision)
-            context = server_args.context_length or model["max_position_embeddings"]
             calibrate(
                 url,
                 ranks=config.ranks,
                 vocabulary=model["vocab_size"],
                 context=context,
-                api_key=server_args.api_key,
+                api_key=policy.internal,
                 hiding_tokens=lambda: _hiding_tokens(model, _ask(address, StatusRequest(), Status)),
             )
         if "rare-collections" not in config.without:

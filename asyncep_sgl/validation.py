@@ -33,38 +33,6 @@ def check_prompt(input_ids: Sequence[int] | None, vocabulary: int) -> None:
             raise ValueError(f"input_ids[{position}]: token id {token} is outside the vocabulary [0, {vocabulary})")
 
 
-def check_fields(request: Any, vocabulary: int) -> None:
-    """Refuses values that SGLang would take and a scheduler then end on.
-
-    Args:
-        request: has SGLang's ``/generate`` fields as attributes, each a value or a list with one for each prompt.
-        vocabulary: number of token ids the model has.
-
-    Raises:
-        ValueError: a field of the wrong type or out of range.
-    """
-    sampling = getattr(request, "sampling_params", None)
-    if sampling is not None and not isinstance(sampling, dict):
-        entries = sampling if isinstance(sampling, list) and sampling else [sampling]
-        for entry in entries:
-            if not isinstance(entry, dict):
-                raise ValueError(f"sampling_params: an object is needed, not {type(entry).__name__}")
-    _check_range(request, "top_logprobs_num", 0, vocabulary)
-    _check_range(request, "logprob_start_len", -1, None)
-
-
-def _check_range(request: Any, field: str, least: int, most: int | None) -> None:
-    value = getattr(request, field, None)
-    for entry in value if isinstance(value, list) else [value]:
-        if entry is None:
-            continue
-        if isinstance(entry, bool) or not isinstance(entry, int):
-            raise ValueError(f"{field}: {entry!r} is not an integer")
-        if entry < least or (most is not None and entry > most):
-            bounds = f"at least {least}" if most is None else f"from {least} to {most}"
-            raise ValueError(f"{field}: {entry} is out of range, use {bounds}")
-
-
 def check_prefill_only(sampling_params: Mapping[str, Any]) -> None:
     """Refuses a request that would decode.
 

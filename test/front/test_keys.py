@@ -36,7 +36,8 @@ def test_flags() -> None:
     keys = Keys.of("user", "boss")
     assert keys.holder("Bearer user") == Caller("default")
     assert keys.holder("Bearer boss") == Caller("admin", admin=True)
-    assert keys.admin and keys.clients
+    assert keys.admin
+    assert keys.clients
     assert not Keys.of()
     assert not Keys.of(None, "boss").clients
 

@@ -1,0 +1,65 @@
+"""Connections to the front: how many there may be, and how long each may take to say what it wants."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn import config as uvicorn_config
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+_FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+
+def limited(most: int, header_seconds: float) -> type[asyncio.Protocol]:
+    """uvicorn's HTTP protocol with two bounds that it has not.
+
+    Args:
+        most: connections at a time. A further one is answered 503 and closed.
+        header_seconds: from the first byte of a connection, or of a request on it, until its headers are whole. Then it
+            is answered 408 and closed.
+    """
+    base: Any = AutoHTTPProtocol
+
+    class LimitedProtocol(base):  # type: ignore[misc] # uvicorn chooses the class when it is imported
+        _due: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > most:
+                self._close(_FULL)
+                return
+            self._due = self.loop.call_later(header_seconds, self._close, _SLOW)
+
+        def data_received(self, data: bytes) -> None:
+            if self.transport.is_closing():
+                return
+            super().data_received(data)
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._cancel()
+            elif self._due is None and not self.transport.is_closing():
+                self._due = self.loop.call_later(header_seconds, self._close, _SLOW)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._cancel()
+            super().connection_lost(exc)
+
+        def _cancel(self) -> None:
+            if self._due is not None:
+                self._due.cancel()
+                self._due = None
+
+        def _close(self, answer: bytes) -> None:
+            self._cancel()
+            if not self.transport.is_closing():
+                self.transport.write(answer)
+                self.transport.close()
+
+    return LimitedProtocol
+
+
+def limit_connections(most: int, header_seconds: float) -> None:
+    """Gives uvicorn's servers of this process the bounds of `limited`. To be called before one is configured."""
+    protocols: dict[str, Any] = uvicorn_config.HTTP_PROTOCOLS
+    protocols["auto"] = limited(most, header_seconds)

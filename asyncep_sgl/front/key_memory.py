@@ -1,0 +1,61 @@
+"""How keys get from the launcher to the front without standing where other programs may show them."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import setproctitle
+
+from asyncep_router.keys import Caller, Keys
+from asyncep_sgl.experts.segment import OwnedSegment
+
+KEY_VARIABLE, ADMIN_KEY_VARIABLE = "ASYNCEP_API_KEY", "ASYNCEP_ADMIN_API_KEY"
+_FLAGS = ("--api-key", "--admin-api-key")
+_HIDDEN = "***"
+
+
+def hand_on(keys: Keys) -> OwnedSegment:
+    """Puts keys into the launcher's memory, where only processes of the same user can read them.
+
+    The server's processes have them neither in their command lines nor in their environment.
+    """
+    text = msgspec.json.encode(keys.holders)
+    segment = OwnedSegment("keys", max(len(text), mmap.PAGESIZE))
+    Path(segment.path).write_bytes(text)
+    return segment
+
+
+def read_keys(path: str) -> Keys:
+    """The keys that `hand_on` has put there."""
+    text = Path(path).read_bytes().rstrip(b"\0")
+    return Keys(msgspec.json.decode(text, type=dict[str, Caller]))
+
+
+def without_keys(environment: Mapping[str, str]) -> dict[str, str]:
+    """The launcher's environment for the processes that it starts."""
+    return {name: value for name, value in environment.items() if name not in (KEY_VARIABLE, ADMIN_KEY_VARIABLE)}
+
+
+def masked(arguments: Sequence[str]) -> list[str]:
+    """A command line with the keys in it replaced by asterisks."""
+    shown: list[str] = []
+    hide = False
+    for argument in arguments:
+        flag, equals, _ = argument.partition("=")
+        if hide and not argument.startswith("@"):
+            argument = _HIDDEN
+        elif flag in _FLAGS and equals:
+            argument = f"{flag}={_HIDDEN}"
+        hide = argument in _FLAGS
+        shown.append(argument)
+    return shown
+
+
+def hide_arguments(arguments: Sequence[str]) -> None:
+    """Lets ``ps`` show this process's command line without the keys that were given in it."""
+    shown = masked(arguments)
+    if shown != list(arguments):
+        setproctitle.setproctitle(" ".join(shown))
