@@ -39,12 +39,43 @@ def test_what_cannot_be_served_names_flag_and_fix(arguments: list[str], words: s
 
 
 def test_sglang_flags_are_passed_on_and_win_over_ours() -> None:
-    options = parse(["--model", "m", "--dp-size", "2", "--attention-backend=flex_attention", "--api-key", "k"])
+    options = parse(["--model", "m", "--dp-size", "2", "--attention-backend=flex_attention", "--log-level", "debug"])
     arguments = sglang_arguments(options, cpu=True, max_total_tokens=5000)
     assert "torch_native" not in arguments
-    assert arguments[-3:] == ["--attention-backend=flex_attention", "--api-key", "k"]
+    assert arguments[-3:] == ["--attention-backend=flex_attention", "--log-level", "debug"]
     assert arguments[arguments.index("--max-total-tokens") + 1] == "5000"
     assert arguments[arguments.index("--dp-size") + 1] == "2"
+
+
+def test_keys_stay_in_the_launcher() -> None:
+    options = parse(["--model", "m", "--api-key", "of-a-client", "--admin-api-key=of-the-boss"])
+    assert options.keys.admin
+    assert options.keys.clients
+    for text in (repr(options), *sglang_arguments(options, cpu=True, max_total_tokens=None)):
+        assert "of-a-client" not in text
+        assert "of-the-boss" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--api-key", "k", "--admin-api-key", "k"], "--admin-api-key"),
+        (["--api-key", "@/nowhere"], "/nowhere"),
+        (["--api-key-file", "/nowhere"], "--api-key-file"),
+        (["--asyncep-max-prompts", "0"], "--asyncep-max-prompts 0"),
+        (["--asyncep-header-timeout-secs", "0"], "--asyncep-header-timeout-secs"),
+    ],
+)
+def test_what_cannot_guard_the_front_is_refused(arguments: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        parse(["--model", "m", *arguments])
+
+
+def test_bounds_of_the_front() -> None:
+    front = parse(["--model", "m", "--asyncep-max-body-bytes", "1MiB", "--asyncep-cors-origins", "https://a"]).front
+    assert (front.max_body_bytes, front.cors_origins) == (1 << 20, ("https://a",))
+    assert front.prompt_chars(100) == 3200
+    assert parse(["--model", "m", "--asyncep-max-prompt-chars", "7"]).front.prompt_chars(100) == 7
 
 
 def test_no_abbreviation_swallows_a_flag_of_sglangs() -> None:

@@ -89,4 +89,6 @@ def _name(setting: str) -> str:
 
 
 def _shown(default: Any, metavar: str) -> str:
-    return f"{default >> 20}MiB" if metavar == "SIZE" else f"{default:g}"
+    return (
+        f"{default >> 20}MiB" if metavar == "SIZE" else f"{default:,g}" if isinstance(default, float) else str(default)
+    )
