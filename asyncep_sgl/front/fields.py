@@ -50,7 +50,7 @@ class Bounds:
     Attributes:
         vocabulary: token ids the model has.
         max_prompts: prompts of one request, samples counted.
-        max_prompt_chars: characters of one prompt.
+        max_prompt_chars: characters of one prompt, or token ids: more than its context holds in any case.
         max_samples: samples of one prompt.
         decodes: whether requests that decode are served.
     """
@@ -264,7 +264,8 @@ def _check_prompts(request: Any, bounds: Bounds) -> int | None:
     if not value:
         raise ValueError(f"{name}: the list is empty; give at least one prompt")
     if name == "input_ids" and not isinstance(value[0], list):
-        return None  # one prompt; its ids are checked where its length is
+        _check_count(name, value, bounds)
+        return None  # one prompt; the ids themselves are checked when its length is known to fit
     if len(value) > bounds.max_prompts:
         raise ValueError(
             f"{name}: {len(value)} prompts in one request, {bounds.max_prompts} are taken (--asyncep-max-prompts); "
@@ -275,12 +276,18 @@ def _check_prompts(request: Any, bounds: Bounds) -> int | None:
         if name == "input_ids":
             if not isinstance(prompt, list):
                 raise ValueError(f"input_ids[{place}]: {shown(prompt)}: a list of token ids is needed")
+            _check_count(f"input_ids[{place}]", prompt, bounds)
         elif pairs and isinstance(prompt, list | tuple) and len(prompt) == 2:
             for part in prompt:
                 _check_text(f"text[{place}]", part, bounds)
         else:
             _check_text(f"text[{place}]", prompt, bounds)
     return len(value)
+
+
+def _check_count(name: str, ids: list[Any], bounds: Bounds) -> None:
+    if len(ids) > bounds.max_prompt_chars:
+        raise ValueError(f"{name}: {len(ids)} token ids; the model's context holds far fewer")
 
 
 def _check_text(name: str, value: Any, bounds: Bounds) -> None:

@@ -22,7 +22,7 @@ class FrontOptions:
     """Bounds on what one client, or all together, may ask of the front. 0 in `max_prompt_chars` means automatic."""
 
     max_body_bytes: int = _flag(64 << 20, "SIZE", "largest body of a request; larger ones are answered 413")
-    max_held_bytes: int = _flag(512 << 20, "SIZE", "bodies of all requests in progress together; more are answered 503")
+    max_held_bytes: int = _flag(256 << 20, "SIZE", "bodies of all requests in progress together; more are answered 503")
     max_prompts: int = _flag(16384, "N", "prompts of one request, samples counted (400 beyond)")
     max_prompt_chars: int = _flag(
         0, "N", "characters of one prompt (400 beyond, before anything is tokenized); 0: 32 a token of the context",

@@ -156,6 +156,8 @@ def test_whatever_is_sent_is_taken_or_refused_by_name(fields: dict[str, Any]) ->
         ({"input_ids": []}, "input_ids: the list is empty"),
         ({"input_ids": [[1], 2]}, r"input_ids\[1\]"),
         ({"text": "x" * 101}, "--asyncep-max-prompt-chars"),
+        ({"input_ids": [1] * 101}, "input_ids: 101 token ids"),
+        ({"input_ids": [[1], [1] * 101]}, r"input_ids\[1\]: 101 token ids"),
         ({"text": ["a"] * 9}, "--asyncep-max-prompts"),
         ({"text": ["a"] * 4, "sampling_params": {"n": 3}}, "--asyncep-max-prompts"),
         ({"text": ["a", "b"], "token_ids_logprob": [[5]]}, "1 values for 2 prompts"),
