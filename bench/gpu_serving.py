@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import torch
 from stock_end import ended_whole
+
+from asyncep.ports import free_port
 
 START_SECONDS = 600.0
 LABELS = (3, 17, 101, 256, 511)
@@ -29,9 +30,7 @@ def stock_server(model: str, flags: Sequence[str]) -> Iterator[str]:
     Raises:
         RuntimeError: it did not come up; carries what it printed last.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     on_cpu = () if torch.cuda.is_available() else CPU_FLAGS
     command = [
         sys.executable,

@@ -39,6 +39,7 @@ from asyncep.demo.build import build_demo_model
 from asyncep.demo.data_command import DATASETS
 from asyncep.demo.weights import DemoDataMissing
 from asyncep.jobs.report import figures_of
+from asyncep.ports import free_port
 from asyncep.runtime.runtime import Runtime
 
 SEED = 20261123
@@ -104,11 +105,7 @@ def synthetic(path: Path, rows: int) -> Path:
 @contextlib.contextmanager
 def null_server(tokenizer: Path) -> Iterator[str]:
     """`null_generate.py` on a free port."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen([sys.executable, str(HERE / "null_generate.py"), str(port), str(tokenizer)])
     url = f"http://127.0.0.1:{port}"
     try:
@@ -299,7 +296,9 @@ def sides(work: Path, model: Path, count: int, rounds: int) -> dict[str, Any]:
                 flush_cache(url)
                 output = work / "bbc-out.jsonl"
                 before = cpu_seconds(own)
-                result = runtime.classify_file(source, output, BBC_LABELS, gold="label", template=BBC_TEMPLATE)
+                result = runtime.classify_file(
+                    source, output, BBC_LABELS, gold="label", template=BBC_TEMPLATE, overwrite=True
+                )
                 figures = figures_of(result)
                 more = {key: figures[key] for key in ("cached_tokens_share", "possible_cached_share", "tokens_per_s")}
                 cpu = cpu_seconds(own) - before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 import tempfile
 import time
@@ -13,15 +12,9 @@ from typing import IO
 import httpx
 from stock_end import end_with_parent, ended_whole
 
+from asyncep.ports import free_port as free_port
+
 FLUSH_SECONDS = 30.0
-
-
-def free_port() -> int:
-    """A port of this host that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import psutil
 from peer_start import flush_cache
 
 from asyncep.local_server import local_server
+from asyncep.ports import free_port
 
 PAGE = 16
 RANKS = 2
@@ -117,14 +117,6 @@ class Workers:
             flush_cache(url)
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-
-
 def peer_python(directory: Path) -> Path | None:
     """The interpreter of an environment that has `sglang_router`; None if it is not there."""
     python = directory / "bin" / "python"
@@ -147,7 +139,7 @@ def router(side: Side, urls: Sequence[str], peer: Path | None) -> Iterator[str]:
     Raises:
         RuntimeError: it did not take requests; carries what it printed last.
     """
-    port, metrics = _free_ports(2)
+    port, metrics = free_port(), free_port()
     python = str(peer) if side.router == "rust" else sys.executable
     module = "sglang_router" if side.router == "rust" else "asyncep_router"
     command = [python, "-m", f"{module}.launch_router", "--worker-urls", *urls, "--host", "127.0.0.1"]

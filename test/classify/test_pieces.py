@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from asyncep.classify.rows import InputError, Row, RowSource
 from asyncep.classify.scoring import decide, offsets_of
 from asyncep.classify.summary import Summary
-from asyncep.classify.template import DEFAULT, Template, TemplateError
+from asyncep.classify.template import DEFAULT, Template, TemplateError, read_examples
 
 
 def test_bad_rows_carry_their_error_and_the_next_goes_on(tmp_path: Path) -> None:
@@ -55,6 +55,22 @@ def test_templates() -> None:
     for broken in ("no place", "{text} and {text}"):
         with pytest.raises(TemplateError, match="exactly once"):
             Template.parse(broken, labels)
+
+
+def test_examples_are_lines_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "shots.jsonl"
+    # Characters at which str.splitlines would break a line.
+    odd = "one\u2028two\x85three\x0bfour"
+    path.write_text(json.dumps({"text": odd, "label": "a"}, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    assert read_examples(path, text_field="text", gold_field="label") == [(odd, "a")]
+    path.write_text('{"text": "x", "label": "a"}\nbroken\n')
+    with pytest.raises(TemplateError, match=r"shots\.jsonl:2: an example needs"):
+        read_examples(path, text_field="text", gold_field="label")
+    path.write_bytes(b'{"text": "\xe9", "label": "a"}\n')
+    with pytest.raises(TemplateError, match="not UTF-8"):
+        read_examples(path, text_field="text", gold_field="label")
+    with pytest.raises(TemplateError, match="No such file"):
+        read_examples(tmp_path / "none", text_field="text", gold_field="label")
 
 
 def test_braces_in_a_text_are_only_text() -> None:

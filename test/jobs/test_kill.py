@@ -44,22 +44,41 @@ def expected(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return output.read_bytes()
 
 
-def test_killed_at_every_durable_operation(rows: Path, expected: bytes, tmp_path: Path) -> None:
-    for operation in range(1, 200):
-        output = tmp_path / f"{operation}.jsonl"
-        first = run(rows, output, str(operation))
-        if first.returncode == 0:
-            # It has fewer: every one of them was tried.
-            assert operation > 20
-            break
-        assert first.returncode == -signal.SIGKILL
-        # Until the output is there it is not there at all.
-        assert not output.exists() or output.read_bytes() == expected
-        second = run(rows, output)
-        assert second.returncode == 0, second.stderr
-        assert output.read_bytes() == expected
+def kill_and_go_on(rows: Path, expected: bytes, output: Path, operation: int, *arguments: str) -> bool:
+    """A job killed at an operation and run again; False if it has fewer operations."""
+    first = run(rows, output, str(operation), *arguments)
+    if first.returncode == 0:
+        return False
+    assert first.returncode == -signal.SIGKILL
+    # Until the output is there it is not there at all.
+    assert not output.exists() or output.read_bytes() == expected
+    finished = output.exists() and not output.with_name(output.name + ".job").joinpath("state.sqlite").exists()
+    second = run(rows, output, "0", *arguments)
+    if finished:
+        # Only the empty record was left to take away: the output is as good as anybody's, and is not touched.
+        assert f"OUT {output}: is there already" in second.stderr
     else:
-        pytest.fail("the job never got through")
+        assert second.returncode == 0, second.stderr
+        reports = [output.with_name(output.name + ".html")] if arguments else []
+        assert sorted(output.parent.glob(f"*{output.name}*")) == [output, *reports]
+    assert output.read_bytes() == expected
+    return True
+
+
+def test_killed_at_every_durable_operation(rows: Path, expected: bytes, tmp_path: Path) -> None:
+    operation = 1
+    while kill_and_go_on(rows, expected, tmp_path / f"o{operation}.jsonl", operation):
+        operation += 1
+    # Every one of them was tried.
+    assert operation > 20
+
+
+def test_killed_between_the_output_its_report_and_the_end(rows: Path, expected: bytes, tmp_path: Path) -> None:
+    whole = run(rows, tmp_path / "whole.jsonl", "0", "report")
+    operations = int(whole.stdout.split()[-2])
+    # Five parts, the record's three files, the lock and the folder are taken away at the end.
+    for operation in range(operations - 18, operations - 8):
+        assert kill_and_go_on(rows, expected, tmp_path / f"o{operation}.jsonl", operation, "report")
 
 
 def test_killed_again_and_again(rows: Path, expected: bytes, tmp_path: Path) -> None:

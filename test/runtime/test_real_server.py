@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pandas
 import polars
 import psutil
 import pytest
@@ -23,9 +24,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncep import Runtime
+from asyncep.batching.errors import OptionError
+from asyncep.batching.generate import Behind
+from asyncep.batching.scorer import INTERACTIVE_PROMPTS
 from asyncep.batching.tokens import LocalTokens, ServerTokens
 from asyncep.cli import main
 from asyncep.jobs.run import Progress
+from asyncep.ports import free_port
 from asyncep.runtime import runtime as runtime_module
 
 pytestmark = pytest.mark.server
@@ -54,7 +59,9 @@ def model(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
 def runtime(model: Path) -> Iterator[Runtime]:
     # Other tests of this process may have children of their own, such as multiprocessing's resource tracker.
     before = set(psutil.Process().children(recursive=True))
-    with Runtime(str(model), dp_size=2, dtype="float32", log_level="error") as started:
+    port = free_port()
+    with Runtime(str(model), dp_size=2, dtype="float32", log_level="error", port=port) as started:
+        assert started.url == f"http://127.0.0.1:{port}"
         children = [child for child in psutil.Process().children(recursive=True) if child not in before]
         yield started
     _, alive = psutil.wait_procs(children, timeout=30)
@@ -200,6 +207,32 @@ def test_a_file_is_labelled(runtime: Runtime, tmp_path: Path, capsys: pytest.Cap
     assert (figures["rows"], figures["errors"], figures["runs"]) == (50, 2, 1)
     assert 0 < figures["mfu"] < 1
     assert "Confusion" in (tmp_path / "out.jsonl.html").read_text()
+
+
+def test_results_go_to_rows_by_place(runtime: Runtime) -> None:
+    one, two = pandas.DataFrame({"text": ["a cat", "two dogs"]}), pandas.DataFrame({"text": ["no", "some text"]})
+    both = pandas.concat([one, two])
+    found = runtime.classify(both, ["b", "c"])
+    expected = runtime.classify(both["text"].tolist(), ["b", "c"])
+    assert found["text"].tolist() == both["text"].tolist()
+    assert found["p_b"].tolist() == pytest.approx([result.probabilities["b"] for result in expected], abs=TOLERANCE)
+    before = runtime.totals.prompts
+    for wrong in (both, {"text": ["a cat"]}, {"a cat"}, "a cat"):
+        with pytest.raises(OptionError, match="texts: an iterator of strings is needed"):
+            runtime.astream(wrong, ["b", "c"])
+    for wrong in ({"text": ["a cat"]}, {"a cat"}, "a cat", 5):
+        with pytest.raises(OptionError, match="texts: a list of strings or a frame is needed"):
+            runtime.classify(wrong, ["b", "c"])
+    with pytest.raises(OptionError, match="already has the column"):
+        runtime.classify(found, ["b", "c"])
+    assert runtime.totals.prompts == before
+
+
+def test_the_server_lets_large_calls_wait(runtime: Runtime) -> None:
+    session, _ = runtime._need()
+    assert session.facts.priorities
+    assert isinstance(session.scorer._behind, Behind)
+    assert len(runtime.classify([f"row {i}" for i in range(INTERACTIVE_PROMPTS + 1)], ["b", "c"])) == 65
 
 
 def test_a_killed_job_goes_on(runtime: Runtime, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
+import pandas
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -130,6 +131,31 @@ def test_rerank_sorts_by_the_probability_of_yes() -> None:
     assert len(ask(lambda session: session.rerank("cats?", documents, top_n=2))) == 2
     with pytest.raises(OptionError, match=r"template: \{document\}"):
         ask(lambda session: session.rerank("cats?", documents, template="{query}"))
+
+
+def test_columns_are_lists_by_place_whatever_their_index_says() -> None:
+    documents = ["first", "second", "third"]
+    column = pandas.Series(documents, index=[2, 0, 0])
+    by_list, by_column = (ask(lambda s, d=d: s.rerank("cats?", d)) for d in (documents, column))  # type: ignore[misc]
+    assert by_list == by_column
+    assert [entry.document for entry in by_column] == [documents[entry.index] for entry in by_column]
+    assert ask(lambda session: session.score("q:", column, [5, 9])) == ask(
+        lambda session: session.score("q:", documents, [5, 9])
+    )
+    assert ask(lambda session: session.logprobs(column, [5, 9])) == ask(
+        lambda session: session.logprobs(documents, [5, 9])
+    )
+    frame = pandas.DataFrame({"text": documents})
+    with pytest.raises(OptionError, match="prompts: a frame was given"):
+        ask(lambda session: session.logprobs(frame, [5, 9]))
+    with pytest.raises(OptionError, match="documents: a list is needed, not str"):
+        ask(lambda session: session.rerank("cats?", "first"))
+
+
+def test_half_a_surrogate_pair_hurts_no_other_text() -> None:
+    broken, fine = classify(["A \ud83d", "ok"], TaskOptions(["a", "b"], "{text}"))
+    assert "surrogate" in broken.error
+    assert fine.label is not None
 
 
 @given(st.integers(0, 50), st.integers(1, 7), st.integers(1, 3), st.booleans())

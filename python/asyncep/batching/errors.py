@@ -12,4 +12,10 @@ class OptionError(ValueError):
 
 
 class RejectedError(ValueError):
-    """The server refuses the request itself (4xx); sending it again would not help."""
+    """The server refuses the request itself (4xx); sending it again would not help.
+
+    Attributes:
+        status: of the answer; 0 where there was none.
+    """
+
+    status: int = 0

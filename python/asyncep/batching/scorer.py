@@ -12,7 +12,11 @@ from asyncep.batching.lanes import Lanes, OnBatch
 from asyncep.batching.plan import Plan, Shape, plan
 from asyncep.batching.probes import Answerer
 from asyncep.batching.server_facts import ServerFacts
+from asyncep.batching.tokens import Untokenized
 
+# A call of so many prompts at most is taken for somebody's who waits: it goes with the server's other requests. A
+# larger one is work like a batch's and waits for them.
+INTERACTIVE_PROMPTS = 64
 # Planning fewer prompts than this takes less time than moving to a thread.
 _PLAN_HERE = 256
 
@@ -50,12 +54,16 @@ class Scorer:
         answerer: who computes.
         facts: what is known of it.
         in_flight: batches a rank has at a time; the one being computed and one to go on with.
+        behind: who computes what can wait for others' requests; None where the server makes no difference.
     """
 
-    def __init__(self, answerer: Answerer, facts: ServerFacts, *, in_flight: int = 2) -> None:
+    def __init__(
+        self, answerer: Answerer, facts: ServerFacts, *, in_flight: int = 2, behind: Answerer | None = None
+    ) -> None:
         self.facts = facts
         self.totals = Totals()
         self._answerer = answerer
+        self._behind = behind or answerer
         self._shape = Shape(facts.ranks, facts.threshold, facts.page, distance=in_flight)
         self._lanes = Lanes(facts.ranks, addressable=facts.addressable, in_flight=in_flight)
         self._held: Sequence[int] = ()
@@ -70,13 +78,19 @@ class Scorer:
         await self._lanes.__aexit__(kind, error, trace)
 
     async def score(
-        self, prompts: Sequence[Sequence[int]], labels: LabelSet, on_batch: OnBatch[LabelScores] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        labels: LabelSet,
+        on_batch: OnBatch[LabelScores] | None = None,
+        *,
+        behind: bool = False,
     ) -> list[LabelScores | str]:
         """Scores of each prompt, or why there are none. Equal prompts are computed once.
 
         Args:
             prompts: token ids.
             on_batch: told of each batch as it comes: numbers of prompts (equal ones all) and their results.
+            behind: nobody waits for it, however few they are.
 
         Raises:
             ServerError: the server failed.
@@ -108,8 +122,10 @@ class Scorer:
             if on_batch:
                 on_batch(numbers, told)
 
+        answerer = self._behind if behind or len(prompts) > INTERACTIVE_PROMPTS else self._answerer
+
         async def ask(some: Sequence[Sequence[int]], rank: int | None) -> list[LabelScores]:
-            return await labels.score(some, self._answerer, rank)
+            return await labels.score(some, answerer, rank)
 
         await self._lanes.run(planned, chosen, ask, take)
         self.totals.possible_cached += planned.possible_cached
@@ -120,6 +136,8 @@ class Scorer:
         self.totals = Totals()
 
     def _refuse(self, prompt: Sequence[int], labels: LabelSet) -> str | None:
+        if isinstance(prompt, Untokenized):
+            return prompt.reason
         if not len(prompt):
             return "the prompt has no tokens"
         most = self.facts.most_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from asyncep_router.errors import ConfigError, UnsupportedModelError
 
 # T where the server has no router that could tell: FLOPs of so many tokens, the router's own default.
 _DEFAULT_THRESHOLD_TOKENS = 2048
+# What only our servers have, or only routers.
+_EXTRAS = ("/router/state", "/workers", "/asyncep/status")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class ServerFacts:
         model: the same for its model.
         cost: what passes cost; tokens where the model's configuration is out of reach.
         threshold: FLOPs a batch has to reach (in the unit of `cost`): T, or what computes well if that is more.
+        priorities: requests with a priority below 0 wait there for others; a stock server might refuse them.
     """
 
     ranks: int
@@ -39,6 +43,7 @@ class ServerFacts:
     model: str
     cost: Cost
     threshold: int
+    priorities: bool = False
 
     @property
     def counts_flops(self) -> bool:
@@ -52,13 +57,26 @@ async def ask_server(client: ServerApi) -> ServerFacts:
     Raises:
         ServerError: it cannot be reached, or is none of SGLang's kind.
     """
+    paths = ("/server_info", "/model_info")
+    # All at once: one that is not answered is not to cost its time twice.
+    questions = [*(client.get(path) for path in paths), *(_if_there(client, path) for path in _EXTRAS)]
+    info, about, state, workers, status = await asyncio.gather(*questions, return_exceptions=True)
+    for answer, path in zip((info, about, state, workers, status), (*paths, *_EXTRAS), strict=True):
+        if isinstance(answer, RejectedError) and answer.status in (401, 403):
+            raise ServerError(f"{client.url}: refuses the key, or wants one: give api_key (--api-key)") from answer
+        if isinstance(answer, RejectedError):
+            raise ServerError(f"{client.url}: not a server of SGLang's kind: {answer}") from answer
+        if isinstance(answer, BaseException):
+            raise answer
+        if not isinstance(answer, dict):
+            raise ServerError(f"{client.url}: not a server of SGLang's kind: {path} is {str(answer)[:100]!r}")
     try:
-        info: dict[str, Any] = await client.get("/server_info")
-        about: dict[str, Any] = await client.get("/model_info")
-    except RejectedError as error:
-        raise ServerError(f"{client.url}: not a server of SGLang's kind: {error}") from error
-    state = await _if_there(client, "/router/state")
-    workers = await _if_there(client, "/workers")
+        return _facts(info, about, state, workers, ours=bool(state or status))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ServerError(f"{client.url}: not a server of SGLang's kind: /server_info: {error}") from error
+
+
+def _facts(info: Any, about: Any, state: Any, workers: Any, *, ours: bool) -> ServerFacts:
     model = str(about.get("model_path", ""))
     cost = cost_of(model)
     threshold = _threshold(state) if isinstance(cost, ModelCost) else None
@@ -75,6 +93,10 @@ async def ask_server(client: ServerApi) -> ServerFacts:
         model=model,
         cost=cost,
         threshold=threshold or cost.flops(_DEFAULT_THRESHOLD_TOKENS),
+        # Ranks that schedule by it, or refuse it, have an order of their own.
+        priorities=ours
+        and not info.get("enable_priority_scheduling")
+        and not info.get("abort_on_priority_when_disabled"),
     )
 
 

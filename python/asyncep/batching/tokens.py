@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,10 @@ from asyncep.batching.generate import ServerApi
 
 # Between them: bytes outside ASCII, runs of spaces, line breaks, digits, and an empty text, which shows what is added.
 _TRIALS = ("A first line.\n\n  Second: 12345 naïve 日本語 🙂\tend", " label", "x\n", "")
+# Texts and bytes of one request, and requests at once.
+_TOKENIZE_TEXTS, _TOKENIZE_BYTES, _TOKENIZE_AT_ONCE = 256, 1 << 15, 4
+# No fault of a text: no key, no such endpoint.
+_NOT_THE_TEXTS = (401, 403, 404, 405)
 _CHAT_TEXT = "asyncep-text-stands-here"
 
 
@@ -21,7 +25,7 @@ class TextTokens(Protocol):
     """Turns texts into token ids."""
 
     async def encode(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
-        """Token ids of each text.
+        """Token ids of each text; `Untokenized` for one that the server refuses.
 
         Args:
             special: add what the tokenizer puts around a text (a begin-of-text token).
@@ -45,18 +49,55 @@ class LocalTokens:
         return [encoding.ids for encoding in found]
 
 
+class Untokenized(list[int]):
+    """In the place of a text's tokens: none, and why."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.reason = reason
+
+
 class ServerTokens:
-    """The server's ``/tokenize``."""
+    """The server's ``/tokenize``, some texts at a time: servers bound what they take at once."""
 
     def __init__(self, client: ServerApi) -> None:
         self._client = client
+        self._slots = asyncio.Semaphore(_TOKENIZE_AT_ONCE)
 
     async def encode(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
         """See `TextTokens`."""
-        if not texts:
-            return []
-        answer = await self._client.post("/tokenize", {"prompt": list(texts), "add_special_tokens": special})
+        pieces = [self._piece(piece, special) for piece in _pieces(texts)]
+        return [ids for piece in await asyncio.gather(*pieces) for ids in piece]
+
+    async def _piece(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        async with self._slots:
+            return await self._some(texts, special)
+
+    async def _some(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        try:
+            answer = await self._client.post("/tokenize", {"prompt": list(texts), "add_special_tokens": special})
+        except RejectedError as rejected:
+            if rejected.status in _NOT_THE_TEXTS:
+                raise
+            if len(texts) == 1:
+                return [Untokenized(str(rejected))]
+            # One text spoils all: halve until it stands alone with its reason.
+            middle = len(texts) // 2
+            return [*await self._some(texts[:middle], special), *await self._some(texts[middle:], special)]
         return [[int(token) for token in ids] for ids in answer["tokens"]]
+
+
+def _pieces(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The texts in runs of few enough of them and few enough bytes, a longer one by itself."""
+    start = size = 0
+    for number, text in enumerate(texts):
+        length = len(text.encode())
+        if number > start and (size + length > _TOKENIZE_BYTES or number - start == _TOKENIZE_TEXTS):
+            yield texts[start:number]
+            start, size = number, 0
+        size += length
+    if start < len(texts):
+        yield texts[start:]
 
 
 async def tokens_for(client: ServerApi, folder: str | None) -> TextTokens:

@@ -6,24 +6,30 @@ import argparse
 import asyncio
 import contextlib
 import json
+import sqlite3
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
+from asyncep.batching.address import server_url
 from asyncep.batching.errors import OptionError, RejectedError, ServerError
 from asyncep.classify.rows import InputError, RowSource
-from asyncep.classify.template import DEFAULT, Template, TemplateError, read_examples
+from asyncep.classify.template import DEFAULT, Template, TemplateError, read_examples, read_text
 from asyncep.cluster.ray_nodes import open_ray_session
 from asyncep.jobs.journal import JobError
+from asyncep.jobs.outputs import output_format
 from asyncep.jobs.peak import measure_peak
 from asyncep.jobs.progress import ProgressBar
-from asyncep.jobs.report import figures_of, text_report, write_html
+from asyncep.jobs.report import figures_of, text_report
 from asyncep.jobs.run import JobResult, JobSpec, run_job
 from asyncep.local_server import StartError, local_server
 from asyncep.runtime.session import Session, open_session
 from asyncep.runtime.task import TaskOptions
+from asyncep_router.errors import ConfigError
+from asyncep_router.keys import key_from
 
 _EPILOG = """\
 examples:
@@ -35,7 +41,8 @@ Each row of OUT has row, label, probabilities and log_probabilities; a row that 
 error. With --gold-field the accuracy and a confusion table are printed.
 
 The job can be stopped at any point, kill -9 included: until it is done, OUT.job holds what has been computed, and the
-same command goes on from there. OUT appears when it is whole, with each row once.
+same command goes on from there. OUT appears when it is whole, with each row once. An OUT or report that is there
+already is written over only with --overwrite, and what is read never.
 """
 
 
@@ -43,14 +50,19 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the command.
 
     Returns:
-        0 when every row was tried, 1 when the server failed on the way, 2 for a command line that cannot be run.
+        0 when every row was tried, 1 when the server failed on the way or no row at all could be labelled, 2 for a
+        command line or files that cannot be used.
     """
     options = _parser().parse_args(arguments)
     console = Console(stderr=True)
     try:
         spec = _spec(options)
-        # Fails on a missing file or column before a server is started for it.
-        spec.source.check()
+        # Fails on a missing file or column, or an output in the way, before a server is started for it.
+        output_format(spec.output, spec.options.labels, gold=spec.source.gold_field is not None, keep=spec.source.keep)
+        spec.check_files()
+        for source in (spec.source, spec.calibration):
+            if source is not None:
+                source.check()
         peak = options.peak_tflops * 1e12 if options.peak_tflops else None
         with contextlib.ExitStack() as stack:
             url = options.url
@@ -58,9 +70,14 @@ def main(arguments: Sequence[str]) -> int:
                 peak = peak or measure_peak()
                 console.print(f"starting {options.dp_size} rank(s) of {options.model_path} …")
                 url = stack.enter_context(
-                    local_server(options.model_path, ["--dp-size", str(options.dp_size), "--log-level", "warning"])
+                    local_server(
+                        options.model_path,
+                        ["--dp-size", str(options.dp_size), "--log-level", "warning"],
+                        on_wait=lambda seconds, line: console.print(
+                            f"still starting after {seconds:.0f} s: {line}", markup=False, highlight=False
+                        ),
+                    )
                 )
-            report = None if options.no_report else options.report or spec.output.with_name(spec.output.name + ".html")
             if options.ray_address:
                 console.print(f"starting {options.dp_size} rank(s) of {options.model_path} on each host …")
                 flags = ["--dp-size", str(options.dp_size), "--log-level", "warning"]
@@ -68,13 +85,16 @@ def main(arguments: Sequence[str]) -> int:
                     options.ray_address, options.model_path, nodes=options.ray_nodes, arguments=flags
                 )
             else:
-                opening = open_session(url, api_key=options.api_key)
-            result = asyncio.run(_run(spec, opening, console, peak, report))
-    except (InputError, TemplateError, JobError, OptionError, FileNotFoundError) as error:
+                opening = open_session(url, api_key=key_from(options.api_key, "ASYNCEP_API_KEY"))
+            result = asyncio.run(_run(replace(spec, peak=peak), opening, console))
+    except (InputError, TemplateError, JobError, OptionError, ConfigError, FileNotFoundError) as error:
         print(f"asyncep classify: {error}", file=sys.stderr)
         return 2
     except (ServerError, StartError, RejectedError) as error:
         print(f"asyncep classify: {error}", file=sys.stderr)
+        return 1
+    except (OSError, sqlite3.OperationalError) as error:
+        print(f"asyncep classify: {error}; what is done is kept, the same command goes on", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         console.print("stopped; what is done is kept, the same command goes on")
@@ -84,26 +104,19 @@ def main(arguments: Sequence[str]) -> int:
     for line in text_report(result, peak):
         print(line)
     print(f"{result.summary.rows} rows, {result.summary.errors} with errors, written to {options.output}")
-    if report:
-        print(f"report: {report}")
+    if spec.report:
+        print(f"report: {spec.report}")
     print(json.dumps(figures_of(result, peak)))
+    if result.summary.rows and result.summary.errors == result.summary.rows:
+        print("asyncep classify: no row could be labelled; OUT has the reason of each", file=sys.stderr)
+        return 1
     return 0
 
 
-async def _run(
-    spec: JobSpec,
-    opening: contextlib.AbstractAsyncContextManager[Session],
-    console: Console,
-    peak: float | None,
-    report: Path | None,
-) -> JobResult:
-    def write_report(result: JobResult) -> None:
-        if report:
-            write_html(report, result, peak)
-
+async def _run(spec: JobSpec, opening: contextlib.AbstractAsyncContextManager[Session], console: Console) -> JobResult:
     async with opening as session:
-        with ProgressBar(console, spec.source.count, peak) as bar:
-            return await run_job(spec, session, on_progress=bar.tell, on_done=write_report)
+        with ProgressBar(console, spec.source.count, spec.peak) as bar:
+            return await run_job(spec, session, on_progress=bar.tell)
 
 
 def _spec(options: argparse.Namespace) -> JobSpec:
@@ -112,6 +125,8 @@ def _spec(options: argparse.Namespace) -> JobSpec:
         raise InputError(f"--labels {options.labels}: at least two different labels are needed")
     if bool(options.url) == bool(options.model_path):
         raise InputError("give either --url of a running server or --model-path to start one")
+    if options.url:
+        options.url = server_url(options.url, "--url")
     if options.ray_address and options.url:
         raise InputError("--ray-address starts servers of its own: give --model-path in place of --url")
     if options.ray_nodes is not None and not options.ray_address:
@@ -148,12 +163,27 @@ def _spec(options: argparse.Namespace) -> JobSpec:
         length=options.label_length,
     )
     task.check()
-    return JobSpec(source, options.output, task, calibration, part_rows=options.part_rows, restart=options.restart)
+    reads = [("--examples", options.examples)] if options.examples else []
+    if options.template.startswith("@"):
+        reads.append(("--template", Path(options.template[1:])))
+    if options.model_path:
+        reads.append(("--model-path", Path(options.model_path)))
+    return JobSpec(
+        source,
+        options.output,
+        task,
+        calibration,
+        part_rows=options.part_rows,
+        restart=options.restart,
+        report=None if options.no_report else options.report or options.output.with_name(options.output.name + ".html"),
+        overwrite=options.overwrite,
+        reads=tuple(reads),
+    )
 
 
 def _template_text(given: str) -> str:
     if given.startswith("@"):
-        return Path(given[1:]).read_text(encoding="utf-8")
+        return read_text(Path(given[1:]))
     # A shell makes it hard to give a line break; the two characters \n are taken for one.
     return given.replace("\\n", "\n")
 
@@ -225,7 +255,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     where = parser.add_argument_group("where")
     where.add_argument("--url", help="a running server, such as http://127.0.0.1:30000")
-    where.add_argument("--api-key", help="its API key")
+    where.add_argument(
+        "--api-key", metavar="KEY|@FILE", help="its API key, or a file with it (default: $ASYNCEP_API_KEY)"
+    )
     where.add_argument("--model-path", metavar="PATH", help="start a server for this model, for the length of the job")
     where.add_argument("--dp-size", type=int, default=1, metavar="N", help="ranks of the started server (default 1)")
     where.add_argument(
@@ -238,6 +270,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     job = parser.add_argument_group("job")
     job.add_argument("--restart", action="store_true", help="forget what an unfinished run of this job has done")
+    job.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="write over an OUT and a report that are there (never over what is read)",
+    )
     job.add_argument(
         "--part-rows",
         type=_at_least_one,

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import orjson
+from asyncep.classify.records import CsvTable, InputError, JsonLines, ParquetTable, Raw, Records
+
+__all__ = ["KINDS", "InputError", "Row", "RowSource"]
 
 KINDS = (".jsonl", ".ndjson", ".csv", ".parquet")
 # Neighbours often share a prefix (questions on one document), so a shard takes them by so many.
 _SHARD_BLOCK = 32
-
-
-class InputError(ValueError):
-    """The input cannot be read at all; the message names the option to change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +58,20 @@ class RowSource:
     shard: tuple[int, int] = (0, 1)
 
     def check(self) -> None:
-        """Opens the file and looks at its columns.
+        """Opens the file and looks for its fields. CSV is read through: an open quote may swallow any number of rows.
 
         Raises:
-            InputError: no such file, an unknown kind of file, or one without these columns.
+            InputError: no such file, an unknown kind, one without these fields, or rows that cannot be told apart.
         """
         if self.path.suffix.lower() not in KINDS:
             raise InputError(f"{self.path}: give a .jsonl, .csv or .parquet file")
         if not self.path.is_file():
             raise InputError(f"{self.path}: no such file")
-        next(self._raw()[0], None)
+        records = self._records()
+        if isinstance(records, JsonLines):
+            self._look_for_fields(records)
+        else:
+            self.count()
 
     def rows(self) -> Iterator[Row]:
         """Every row, in order. A bad row comes with its error; the next goes on."""
@@ -78,77 +80,60 @@ class RowSource:
 
     def windows(self, size: int, done: Collection[int] = ()) -> Iterator[tuple[int, list[Row]]]:
         """(number, rows) of each window of `size` rows but those `done`, which are passed over without being parsed."""
-        raw, parse = self._raw()
-        chosen = enumerate(islice(raw, self.limit))
+        records = self._records()
+        chosen: Iterator[tuple[int, Raw]] = enumerate(islice(records.raw(), self.limit))
         index, count = self.shard
         if count > 1:
-            chosen = ((n, record) for n, record in chosen if n // _SHARD_BLOCK % count == index)  # type: ignore[assignment]
+            chosen = ((n, record) for n, record in chosen if n // _SHARD_BLOCK % count == index)
         number = 0
         while window := list(islice(chosen, size)):
             if number not in done:
-                yield number, [self._row(n, parse(record)) for n, record in window]
+                yield number, [self._row(n, record[0], records.fields(record)) for n, record in window]
             number += 1
 
     def count(self) -> int:
         """How many rows there are; reads the file once, without parsing where that can be avoided."""
-        if self.path.suffix.lower() == ".parquet":
-            import pyarrow.parquet
-
-            total = int(pyarrow.parquet.read_metadata(self.path).num_rows)
-        else:
-            total = sum(1 for _ in self._raw()[0])
-        if self.limit is not None:
-            total = min(total, self.limit)
+        found = self.path.stat()
+        stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        total = _records_in(replace(self, shard=(0, 1)), stamp)
         index, count = self.shard
         whole, rest = divmod(total, _SHARD_BLOCK * count)
         return whole * _SHARD_BLOCK + min(_SHARD_BLOCK, max(0, rest - index * _SHARD_BLOCK))
 
-    def _raw(self) -> tuple[Iterator[Any], Callable[[Any], Any]]:
-        readers = {".csv": self._csv, ".parquet": self._parquet}
-        reader = readers.get(self.path.suffix.lower())
-        return (self._jsonl(), _parse_json) if reader is None else (reader(), _as_it_is)
+    @property
+    def _wanted(self) -> list[tuple[str, str]]:
+        """(flag, field) of each field that is read."""
+        gold = [("--gold-field", self.gold_field)] if self.gold_field else []
+        return [("--text-field", self.text_field), *gold, *(("--keep", name) for name in self.keep)]
 
-    def _jsonl(self) -> Iterator[bytes]:
-        with self.path.open("rb") as lines:
-            for line in lines:
-                if line.strip():
-                    yield line
+    def _records(self) -> Records:
+        kind = self.path.suffix.lower()
+        if kind == ".csv":
+            return CsvTable(self.path, self._wanted)
+        return ParquetTable(self.path, self._wanted) if kind == ".parquet" else JsonLines(self.path)
 
-    def _csv(self) -> Iterator[Mapping[str, Any]]:
-        # Articles may be longer than csv's default limit for a field of 128 KiB.
-        csv.field_size_limit(1 << 30)
-        with self.path.open(newline="", encoding="utf-8", errors="replace") as lines:
-            reader = csv.DictReader(lines)
-            self._check_columns(reader.fieldnames or ())
-            yield from reader
+    def _look_for_fields(self, records: JsonLines) -> None:
+        """Refuses fields that no line has. As a rule the first line has all of them, and is all that is read."""
+        missing = self._wanted
+        seen: list[str] | None = None
+        for record in records.raw():
+            fields = records.fields(record)
+            if isinstance(fields, dict):
+                seen = list(fields) if seen is None else seen
+                missing = [(flag, name) for flag, name in missing if name not in fields]
+                if not missing:
+                    return
+        # Without a single object every line is an error already, with a better reason.
+        if seen is not None:
+            flag, name = missing[0]
+            raise InputError(
+                f"{self.path}: no line has a field {name!r}; the first has {', '.join(seen) or 'none'}. "
+                f"Name it with {flag}"
+            )
 
-    def _parquet(self) -> Iterator[Mapping[str, Any]]:
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            file = pyarrow.parquet.ParquetFile(self.path)
-        except pyarrow.ArrowInvalid as error:
-            raise InputError(f"{self.path}: not a Parquet file: {error}") from error
-        with file:
-            self._check_columns(file.schema_arrow.names)
-            wanted = (self.text_field, self.gold_field, *self.keep)
-            columns = [name for name in file.schema_arrow.names if name in wanted]
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                yield from batch.to_pylist()
-
-    def _check_columns(self, names: Sequence[str]) -> None:
-        for flag, name in (("--text-field", self.text_field), *(("--keep", name) for name in self.keep)):
-            if name not in names:
-                raise InputError(
-                    f"{self.path}: no column {name!r} among {', '.join(names) or 'none'}; name it with {flag}"
-                )
-
-    def _row(self, number: int, fields: Any) -> Row:
+    def _row(self, number: int, line: int, fields: dict[str, Any] | str) -> Row:
         if isinstance(fields, str):
-            return Row(number, None, error=fields)
-        if not isinstance(fields, dict):
-            return Row(number, None, error=f"a JSON object is needed, not {type(fields).__name__}")
+            return Row(number, None, error=f"line {line}: {fields}" if line else fields)
         gold = fields.get(self.gold_field) if self.gold_field else None
         gold = None if gold is None else str(gold)
         kept = {name: fields.get(name) for name in self.keep} if self.keep else {}
@@ -161,14 +146,10 @@ class RowSource:
         return Row(number, text, gold, None, kept)
 
 
-def _parse_json(line: bytes) -> Any:
-    """The line's value; a line that is none gives its error as text, and a line that is a string an error as well."""
-    try:
-        value = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        return f"not JSON: {error}"
-    return "a JSON object is needed, not str" if isinstance(value, str) else value
-
-
-def _as_it_is(fields: Any) -> Any:
-    return fields
+@lru_cache(maxsize=16)
+def _records_in(source: RowSource, _stamp: tuple[int, ...]) -> int:
+    """Records that the source's limit leaves; counted again only for a file that has changed."""
+    records = source._records()
+    if isinstance(records, ParquetTable):
+        return records.rows if source.limit is None else min(records.rows, source.limit)
+    return sum(1 for _ in islice(records.raw(), source.limit))

@@ -59,7 +59,10 @@ def read_examples(path: Path, *, text_field: str, gold_field: str) -> list[tuple
         TemplateError: a line that is not an object with both fields.
     """
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Line feeds alone end lines: str.splitlines knows characters that may stand in a JSON string.
+    for number, line in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             fields = json.loads(line)
             examples.append((str(fields[text_field]), str(fields[gold_field])))
@@ -68,3 +71,17 @@ def read_examples(path: Path, *, text_field: str, gold_field: str) -> list[tuple
                 f"{path}:{number}: an example needs {text_field!r} and {gold_field!r} ({type(error).__name__})"
             ) from error
     return examples
+
+
+def read_text(path: Path) -> str:
+    """A file's text.
+
+    Raises:
+        TemplateError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TemplateError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TemplateError(f"{path}: not UTF-8 ({error}); save the file as UTF-8") from error

@@ -22,6 +22,7 @@ from asyncep.batching.tokens import tokens_for
 from asyncep.cluster.nodes import NodeLostError, Nodes, joint_facts
 from asyncep.local_server import local_server
 from asyncep.runtime.session import Session
+from asyncep_router.keys import key_from
 
 T = TypeVar("T")
 _LOOK_SECONDS = 2.0
@@ -40,7 +41,7 @@ class NodeServer:
     def __init__(self, model: str, arguments: Sequence[str]) -> None:
         self._stack = contextlib.ExitStack()
         url = self._stack.enter_context(local_server(model, arguments))
-        self._client = GenerateClient(url)
+        self._client = GenerateClient(url, api_key=key_from(None, "ASYNCEP_API_KEY"))
         self._opened = False
 
     async def _open(self) -> GenerateClient:

@@ -20,6 +20,7 @@ from asyncep.jobs.progress import ProgressBar
 from asyncep.jobs.report import figures_of
 from asyncep.jobs.run import JobResult
 from asyncep.runtime.runtime import Runtime
+from asyncep_router.keys import key_from
 
 _REFERENCE_ARTICLES = 40
 
@@ -50,13 +51,13 @@ def main(arguments: Sequence[str]) -> int:
 
     console.rule(f"2. the server: {options.dp_size} ranks, one copy of the experts")
     with Runtime(str(model), dp_size=options.dp_size) as runtime:
-        status = httpx.get(f"{runtime.url}/asyncep/status", timeout=30).json()
+        status = _status(runtime.url)
         console.print(_ranks_table(status))
 
         console.rule(f"3. classifying {len(articles)} articles")
         result = _classify(runtime, articles, console)
         # Memory is looked at again after the work: nothing may have been copied on the way.
-        status = httpx.get(f"{runtime.url}/asyncep/status", timeout=30).json()
+        status = _status(runtime.url)
     summary, figures = result.summary, figures_of(result)
     console.print(summary.table())
 
@@ -109,6 +110,14 @@ def _classify(runtime: Runtime, articles: list[Article], console: Console) -> Jo
                 calibrate=[after_guide(article) for article in calibration_articles()],
                 on_progress=bar.tell,
             )
+
+
+def _status(url: str) -> dict[str, Any]:
+    key = key_from(None, "ASYNCEP_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    answer = httpx.get(f"{url}/asyncep/status", headers=headers, timeout=httpx.Timeout(30, connect=10))
+    found: dict[str, Any] = answer.raise_for_status().json()
+    return found
 
 
 def _ranks_table(status: dict[str, Any]) -> Table:

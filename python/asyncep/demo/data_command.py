@@ -10,7 +10,9 @@ from typing import Any
 
 import orjson
 
+from asyncep.demo.spam import corpus_path
 from asyncep.demo.weights import DemoDataMissing
+from asyncep.own_files import OutputError, new_file
 
 
 def bbc() -> Iterator[dict[str, Any]]:
@@ -33,7 +35,7 @@ DATASETS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {"bbc": bbc, "spam
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command; returns 0, or 2 when the data set has not been fetched."""
+    """Runs the command; returns 0, or 2 when the data set has not been fetched or OUT cannot be written."""
     parser = argparse.ArgumentParser(
         "asyncep demo-data",
         description="Write a data set as JSONL with name, text and label, for `asyncep classify --gold-field label`.",
@@ -43,24 +45,26 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--characters", type=int, metavar="N", help="only the first N characters of each text (default: all)"
     )
+    parser.add_argument("--overwrite", action="store_true", help="write over an OUT that is there")
     options = parser.parse_args(arguments)
     try:
-        rows = write_dataset(options.name, options.output, options.characters)
-    except DemoDataMissing as error:
+        rows = write_dataset(options.name, options.output, options.characters, overwrite=options.overwrite)
+    except (DemoDataMissing, OutputError) as error:
         print(f"asyncep demo-data: {error}", file=sys.stderr)
         return 2
     print(f"{rows} rows written to {options.output}")
     return 0
 
 
-def write_dataset(name: str, output: Path, characters: int | None = None) -> int:
+def write_dataset(name: str, output: Path, characters: int | None = None, *, overwrite: bool = False) -> int:
     """Writes a data set and returns its number of rows.
 
     Raises:
         DemoDataMissing: it is not on this machine; says how to get it.
+        OutputError: the output is there already, or its folder is not.
     """
     rows = 0
-    with output.open("wb") as file:
+    with new_file("OUT", output, overwrite=overwrite, reads=[("the data set", corpus_path())]) as file:
         for row in DATASETS[name]():
             file.write(orjson.dumps({**row, "text": row["text"][:characters]}) + b"\n")
             rows += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from asyncep.demo.build import Variant, build_demo_model, default_model_path
+from asyncep.demo.build import (
+    REPORT_NAME,
+    Variant,
+    build_demo_model,
+    default_model_path,
+    read_report,
+    recipe_hash,
+)
+
+# What a build writes.
+_MADE = re.compile(
+    rf"{re.escape(REPORT_NAME)}|(generation_)?config\.json|model\.safetensors|tokenizer(_config)?\.(json|model)"
+    r"|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt|chat_template\.jinja"
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,11 +47,35 @@ def main(arguments: Sequence[str]) -> int:
         print(default_model_path(options.variant))
         return 0
     try:
+        if options.out is not None:
+            check_out(options.out, options.variant)
         print(build_with_progress(options.out, options.variant, Console(stderr=True)))
-    except FileExistsError as error:
+    except (FileExistsError, FileNotFoundError) as error:
         print(f"asyncep demo-model: --out: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def check_out(out: Path, variant: Variant) -> None:
+    """Refuses a folder whose replacement would cost files that no build has made.
+
+    Raises:
+        FileExistsError: it holds such files, or a file stands where the build has its lock.
+        FileNotFoundError: the folder that it is to be made in is not there.
+    """
+    report = read_report(out)
+    if report is not None and (report.recipe, report.variant) == (recipe_hash(), variant):
+        return
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {out.parent}; make it, or correct the path")
+    lock = out.parent / f".{out.name}.lock"
+    if lock.is_symlink() or (lock.exists() and lock.stat().st_size):
+        raise FileExistsError(f"{lock} is there and not a build's lock; move it away or choose another directory")
+    if out.is_symlink():
+        raise FileExistsError(f"{out} is a symbolic link; give the directory itself")
+    strange = sorted(path.name for path in out.iterdir() if not _MADE.fullmatch(path.name)) if out.is_dir() else []
+    if strange:
+        raise FileExistsError(f"{out} holds {strange[0]}, which no build has made; move it or choose another directory")
 
 
 def build_with_progress(out: Path | None, variant: Variant, console: Console) -> Path:

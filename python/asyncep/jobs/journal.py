@@ -4,7 +4,10 @@ A folder ``OUT.job`` beside the output holds
 
     state.sqlite   answers by the digest of their text; which parts of the output are written; counts; settings
     part-NNNNNN    the rows of one window, as they stand in the output
+    output.tmp     the parts joined, before it gets the output's name
     lock           held by the process that works on the job
+
+and nothing else: a folder of that name with other files in it is somebody's, and is refused.
 
 SQLite, because two things have to happen together or not at all (a part counts as written, and its counts are in the
 totals), and because answers are looked up by text: a text met again, in the same window or a million rows later or by
@@ -12,9 +15,11 @@ the next process, is not computed again. A log of one's own would need an index,
 write-ahead log is not synchronised at each commit: a kill of the process loses nothing, a loss of power the last
 seconds, which are then computed again; it never ends in a state that did not exist.
 
-A part is written under another name, synchronised, renamed, and then committed. Parts without a commit are overwritten.
+A part is written under another name, synchronised, renamed, and then committed. Parts without a commit are replaced.
 The output is put together from the committed parts under another name and renamed; doing so twice gives the same file.
-So at every moment either the output is whole or the folder says what is missing, and no row can be there twice.
+Before a file gets its name, the journal notes what it is known again by (`own_files.identity`), so that after a kill
+the job knows its own. So at every moment either the output is whole or the folder says what is missing, and no row can
+be there twice.
 """
 
 from __future__ import annotations
@@ -23,7 +28,8 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
+import re
+import secrets
 import sqlite3
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,6 +44,7 @@ CREATE TABLE IF NOT EXISTS parts (number INTEGER PRIMARY KEY, counts TEXT NOT NU
 CREATE TABLE IF NOT EXISTS runs (number INTEGER PRIMARY KEY, figures TEXT NOT NULL);
 """
 _CACHE_KIB = 16384
+_OURS = re.compile(r"lock|state\.sqlite(-wal|-shm|-journal)?|part-\d+(\.tmp)?|output\.tmp")
 _LOOKUP = 500  # values in one query; SQLite's limit is higher in newer versions only
 
 
@@ -51,12 +58,26 @@ def digest_of(text: str) -> bytes:
 
 
 class Journal:
-    """The folder of one job. Use `open_journal`; belongs to one thread."""
+    """The folder of one job. Use `open_journal`; belongs to one thread.
+
+    Attributes:
+        finished: set to True when the output is in place: nothing of the folder is needed any more, and it is removed.
+    """
 
     def __init__(self, folder: Path, database: sqlite3.Connection) -> None:
         self.folder = folder
+        self.finished = False
         self._database = database
         self._run = 1 + (database.execute("SELECT max(number) FROM runs").fetchone()[0] or 0)
+
+    @property
+    def name(self) -> str:
+        """What the job is called, unlike any other; made with its record."""
+        name = self.get("name")
+        if name is None:
+            name = secrets.token_hex(8)
+            self.put("name", name)
+        return str(name)
 
     # Answers
 
@@ -109,6 +130,11 @@ class Journal:
         for (text,) in self._database.execute("SELECT counts FROM parts ORDER BY number"):
             yield json.loads(text)
 
+    @property
+    def joined_path(self) -> Path:
+        """Where the output stands until it gets its name."""
+        return self.folder / "output.tmp"
+
     # Figures and settings
 
     def _keep_figures(self, figures: Mapping[str, float]) -> None:
@@ -138,31 +164,76 @@ def open_journal(output: Path, settings: Mapping[str, Any], *, restart: bool = F
         restart: throw away what is there.
 
     Raises:
-        JobError: another process works on it, or it was begun with other settings.
+        JobError: another process works on it, it was begun with other settings, or the folder is not a job's.
     """
-    folder = output.with_name(output.name + ".job")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise JobError(f"{output}: cannot be written: {error.strerror}") from error
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise JobError(f"{folder}: another process works on this job") from None
+    folder = journal_folder(output)
+    with _locked(folder):
+        ours = _contents(folder)
         if restart:
-            for path in folder.iterdir():
+            for path in ours:
                 if path.name != "lock":
                     path.unlink()
         with contextlib.closing(_open_database(folder)) as database:
             journal = Journal(folder, database)
             _check_settings(journal, settings)
             yield journal
+        if journal.finished:
+            _remove(folder)
 
 
-def remove_journal(journal: Journal) -> None:
-    """The job is done and its output in place; nothing of the folder is needed any more."""
-    shutil.rmtree(journal.folder)
+def journal_folder(output: Path) -> Path:
+    """Where the job that writes `output` keeps what it has done."""
+    return output.with_name(output.name + ".job")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Makes the folder, and keeps other processes from working in it."""
+    while True:
+        if folder.is_symlink():
+            raise JobError(f"{folder}: is a symbolic link, and the job makes a folder there; remove it")
+        try:
+            folder.mkdir(exist_ok=True)
+            lock = (folder / "lock").open("a")
+        except FileNotFoundError:
+            if not folder.parent.is_dir():
+                raise JobError(f"{folder}: there is no folder {folder.parent}; make it, or correct OUT") from None
+            continue  # another process has just finished the job and removed its folder
+        except OSError as error:
+            raise JobError(f"{folder}: cannot be written: {error.strerror}") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise JobError(f"{folder}: another process works on this job") from None
+            if not _is_at(lock.fileno(), folder / "lock"):
+                continue  # as above: what was locked is no file of the folder any more
+            yield
+            return
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _contents(folder: Path) -> list[Path]:
+    """The folder's files, all of which are a job's."""
+    paths = list(folder.iterdir())
+    for path in paths:
+        if not _OURS.fullmatch(path.name) or path.is_symlink() or not path.is_file():
+            raise JobError(f"{folder}: holds {path.name}, which is no job's; move it away, or give another OUT")
+    return paths
+
+
+def _remove(folder: Path) -> None:
+    """Takes the folder away, the lock last, and before it the record: parts without it are no job."""
+    order = {"state.sqlite": 1, "lock": 2}
+    for path in sorted(_contents(folder), key=lambda path: order.get(path.name, 0)):
+        path.unlink()
+    folder.rmdir()
 
 
 def _open_database(folder: Path) -> sqlite3.Connection:

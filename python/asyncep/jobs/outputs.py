@@ -11,11 +11,13 @@ from typing import IO, Any, Protocol
 
 import orjson
 
+from asyncep.classify.records import plain
 from asyncep.classify.rows import KINDS, InputError, Row
 from asyncep.runtime.results import Classification
 
 _CHUNK = 1 << 20
 _DIGITS = 6
+_JSONL_FIELDS = frozenset(("row", "label", "probabilities", "log_probabilities", "error"))
 
 
 class OutputFormat(Protocol):
@@ -40,28 +42,34 @@ def output_format(path: Path, labels: Sequence[str], *, gold: bool, keep: Sequen
     if kind not in KINDS:
         raise InputError(f"{path}: give a .jsonl, .csv or .parquet file to write")
     if kind in (".jsonl", ".ndjson"):
+        if own := sorted({*_JSONL_FIELDS, *(["gold"] if gold else [])} & set(keep)):
+            raise InputError(f"--keep: the output has a field {', '.join(own)} of its own; rename yours")
         return _Jsonl()
     columns = ["row", *keep, *(["gold"] if gold else []), "label", "probability"]
     columns += [f"p_{label}" for label in labels] + [f"logp_{label}" for label in labels] + ["error"]
     if len(set(columns)) != len(columns):
         twice = sorted({name for name in columns if columns.count(name) > 1})
-        raise InputError(f"--keep: the output has a column {', '.join(twice)} of its own; rename yours, or write JSONL")
+        raise InputError(f"--keep: the output has a column {', '.join(twice)} of its own; rename yours")
     return _Csv(columns) if kind == ".csv" else _Parquet(columns, labels, keep)
 
 
-def join_parts(output: Path, parts: Iterable[Path], form: OutputFormat) -> None:
-    """Makes the output of its parts: whole, or not there."""
-    unfinished = output.with_name(output.name + ".tmp")
-    with unfinished.open("wb") as out:
+def join_parts(unfinished: Path, parts: Iterable[Path], form: OutputFormat) -> None:
+    """Makes one file of the parts, durable, under a name that is not the output's yet."""
+    # Taken away first: after a kill its inode may be the output's already.
+    unfinished.unlink(missing_ok=True)
+    with unfinished.open("xb") as out:
         form.join(parts, out)
         out.flush()
         os.fsync(out.fileno())
-    unfinished.replace(output)
-    folder = os.open(output.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+
+
+def _as_text(value: Any) -> str | None:
+    """A kept value for a column of text: strings as they are, dates and decimals as they print, the rest as JSON."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool | list | dict):
+        return orjson.dumps(value, default=plain).decode()
+    return str(value)
 
 
 def _record(row: Row, answer: Classification) -> dict[str, Any]:
@@ -103,7 +111,7 @@ class _Jsonl:
                 record["label"] = answer.label
                 record["probabilities"] = {k: round(v, _DIGITS) for k, v in answer.probabilities.items()}
                 record["log_probabilities"] = {k: round(v, _DIGITS) for k, v in answer.log_probabilities.items()}
-            lines.append(orjson.dumps(record, default=str))
+            lines.append(orjson.dumps(record, default=plain))
         return b"\n".join(lines) + b"\n" if lines else b""
 
     def join(self, parts: Iterable[Path], out: IO[bytes]) -> None:
@@ -115,16 +123,23 @@ class _Csv:
         self._columns = list(columns)
 
     def part(self, rows: Sequence[Row], answers: Sequence[Classification]) -> bytes:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self._columns, restval="", lineterminator="\n")
-        writer.writerows(_flat(row, answer) for row, answer in zip(rows, answers, strict=True))
-        return text.getvalue().encode("utf-8", "replace")
+        lines = []
+        for row, answer in zip(rows, answers, strict=True):
+            record = _flat(row, answer)
+            for name in row.kept:
+                record[name] = _as_text(record[name])
+            lines.append(self._line([record.get(name) for name in self._columns]))
+        return "".join(lines).encode("utf-8", "replace")
 
     def join(self, parts: Iterable[Path], out: IO[bytes]) -> None:
-        head = io.StringIO(newline="")
-        csv.DictWriter(head, self._columns, lineterminator="\n").writeheader()
-        out.write(head.getvalue().encode())
+        out.write(self._line(self._columns).encode("utf-8", "replace"))
         _append(parts, out)
+
+    def _line(self, values: Sequence[Any]) -> str:
+        text = io.StringIO(newline="")
+        # The writer quotes a field for the characters of its line ending only, and a reader takes either for an end.
+        csv.writer(text, lineterminator="\r\n").writerow(values)
+        return text.getvalue()[:-2] + "\n"
 
 
 class _Parquet:
@@ -149,10 +164,7 @@ class _Parquet:
         records = [_flat(row, answer) for row, answer in zip(rows, answers, strict=True)]
         for record in records if self._texts else ():
             for name in self._texts:
-                value = record.get(name)
-                record[name] = (
-                    value if value is None or isinstance(value, str) else orjson.dumps(value, default=str).decode()
-                )
+                record[name] = _as_text(record.get(name))
         batch = pyarrow.RecordBatch.from_pylist(records, schema=self._schema)
         sink = pyarrow.BufferOutputStream()
         with pyarrow.ipc.new_stream(sink, self._schema) as stream:

@@ -11,6 +11,7 @@ from typing import Any
 
 from asyncep.classify.summary import BINS, Summary
 from asyncep.jobs.run import JobResult
+from asyncep.own_files import new_file
 
 _TEMPLATE = "report.html.j2"
 _MOST_LABELS_DRAWN = 40
@@ -70,13 +71,13 @@ def text_report(result: JobResult, peak: float | None = None) -> list[str]:
     return lines
 
 
-def write_html(path: Path, result: JobResult, peak: float | None = None) -> None:
-    """Writes the report as one file without links: readable anywhere, years later."""
+def html_report(result: JobResult, peak: float | None = None) -> str:
+    """The report as one page without links: readable anywhere, years later."""
     from jinja2 import Environment, PackageLoader
 
     summary = result.summary
     environment = Environment(loader=PackageLoader("asyncep.jobs", "."), autoescape=True, trim_blocks=True)
-    page = environment.get_template(_TEMPLATE).render(
+    return environment.get_template(_TEMPLATE).render(
         figures=figures_of(result, peak),
         settings=result.settings,
         output=str(result.output),
@@ -88,9 +89,16 @@ def write_html(path: Path, result: JobResult, peak: float | None = None) -> None
         calibration=_picture(_draw_calibration, summary),
         flops=_flops,
     )
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
+
+
+def write_html(path: Path, result: JobResult, peak: float | None = None, *, overwrite: bool = False) -> None:
+    """Writes the report.
+
+    Raises:
+        OutputError: something stands there already.
+    """
+    with new_file("--report", path, overwrite=overwrite) as file:
+        file.write(html_report(result, peak).encode())
 
 
 def _flops(count: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +15,14 @@ from asyncep.batching.errors import OptionError
 from asyncep.batching.labels import LabelScores
 from asyncep.classify.rows import Row, RowSource
 from asyncep.classify.summary import Summary
-from asyncep.jobs.journal import Journal, digest_of, open_journal, remove_journal
+from asyncep.jobs.journal import JobError, Journal, digest_of, journal_folder, open_journal
 from asyncep.jobs.outputs import OutputFormat, join_parts, output_format
+from asyncep.own_files import Named, check_apart, check_free, identity, put_in_place
 from asyncep.runtime.results import Classification
 from asyncep.runtime.session import Session
 from asyncep.runtime.task import Task, TaskOptions
+
+logger = logging.getLogger("asyncep")
 
 # Answers are kept at least so often: what a kill costs at most.
 _KEEP_SECONDS = 1.0
@@ -36,6 +40,10 @@ class JobSpec:
         calibration: a file of neutral texts in place of ``options.calibrate``.
         part_rows: rows planned together, and written together.
         restart: forget what an earlier run has done.
+        report: where to write the HTML report; None for none.
+        peak: FLOPs a second at best of what it runs on, for the report's MFU.
+        overwrite: write over an output and a report that are there already; never over what is read.
+        reads: (argument, path) of what the caller has read besides, such as a file of examples: not to be written over.
     """
 
     source: RowSource
@@ -44,6 +52,30 @@ class JobSpec:
     calibration: RowSource | None = None
     part_rows: int = 4096
     restart: bool = False
+    report: Path | None = None
+    peak: float | None = None
+    overwrite: bool = False
+    reads: tuple[Named, ...] = ()
+
+    @property
+    def writes(self) -> list[Named]:
+        """Every file that the job leaves. What it makes on the way lies in the journal's folder, or is hidden by it."""
+        report = [("--report", self.report)] if self.report else []
+        return [("OUT", self.output), *report]
+
+    def check_files(self) -> None:
+        """Refuses paths that would write over what is read, over another's file, or into a folder that is not there.
+
+        Raises:
+            OutputError: names the argument and the fix.
+        """
+        calibration = [("--calibration", self.calibration.path)] if self.calibration else []
+        reads = [("IN", self.source.path), *calibration, *self.reads]
+        folder = journal_folder(self.output)
+        check_apart(self.writes, reads, [folder])
+        for flag, path in self.writes:
+            # A job that was begun may have put its output there; `run_job` asks its journal.
+            check_free(flag, path, overwrite=self.overwrite or folder.is_dir())
 
     def settings(self, model: str) -> dict[str, Any]:
         """All that decides what the output is."""
@@ -122,32 +154,76 @@ async def run_job(
 
     Args:
         on_progress: told after each batch and each part.
-        on_done: called when the output is in place and before the record of the job is removed, to write a report.
+        on_done: called when output and report are in place and before the record of the job is removed.
 
     Raises:
-        InputError: input or output cannot be used.
-        JobError: the job's folder cannot be used.
+        InputError: the input cannot be used.
+        OutputError: the output or the report cannot be written where they should.
+        JobError: the job's folder cannot be used, or the input changed on the way.
         ServerError: the server failed; what is done is kept.
     """
-    spec.source.check()
     form = output_format(
         spec.output, spec.options.labels, gold=spec.source.gold_field is not None, keep=spec.source.keep
     )
+    spec.check_files()
+    await asyncio.to_thread(spec.source.check)
     settings = spec.settings(session.facts.model)
     with open_journal(spec.output, settings, restart=spec.restart) as journal:
-        task = await _task(spec, session, journal)
-        job = _Job(spec, session, task, journal, form, on_progress or _nothing)
-        await job.run()
-        parts = [journal.part_path(number) for number in sorted(journal.done)]
-        await asyncio.to_thread(join_parts, spec.output, parts, form)
+        for flag, path in spec.writes:
+            check_free(flag, path, overwrite=spec.overwrite, own=journal.get(f"written {flag}"))
+        if not _is_own(journal, "OUT", spec.output):
+            task = await _task(spec, session, journal)
+            await _Job(spec, session, task, journal, form, on_progress or _nothing).run()
+            await asyncio.to_thread(_check_whole, spec, settings, journal)
+            parts = [journal.part_path(number) for number in sorted(journal.done)]
+            await asyncio.to_thread(join_parts, journal.joined_path, parts, form)
+            _put(journal, "OUT", journal.joined_path, spec)
         summary = Summary(list(spec.options.labels))
         for counts in journal.counts():
             summary.merge(Summary.from_json(spec.options.labels, counts))
         result = JobResult(summary, journal.figures(), settings, spec.output)
+        if spec.report:
+            await asyncio.to_thread(_report, journal, result, spec)
         if on_done:
             on_done(result)
-    remove_journal(journal)
+        journal.finished = True
     return result
+
+
+def _is_own(journal: Journal, flag: str, path: Path) -> bool:
+    """Whether what stands there is this job's, from a run that was killed afterwards."""
+    found = identity(path)
+    return found is not None and found == journal.get(f"written {flag}")
+
+
+def _put(journal: Journal, flag: str, unfinished: Path, spec: JobSpec) -> None:
+    spec.check_files()
+    journal.put(f"written {flag}", identity(unfinished))
+    put_in_place(flag, unfinished, dict(spec.writes)[flag], overwrite=spec.overwrite)
+
+
+def _report(journal: Journal, result: JobResult, spec: JobSpec) -> None:
+    # Imported late: matplotlib and Jinja take a second.
+    from asyncep.jobs.report import html_report
+
+    assert spec.report is not None
+    # The report may belong on another file system than the output, so it cannot wait in the journal's folder.
+    unfinished = spec.report.with_name(f".{spec.report.name}.{journal.name}.tmp")
+    if not _is_own(journal, "--report", spec.report):
+        unfinished.write_text(html_report(result, spec.peak), encoding="utf-8")
+        _put(journal, "--report", unfinished, spec)
+    unfinished.unlink(missing_ok=True)
+
+
+def _check_whole(spec: JobSpec, settings: dict[str, Any], journal: Journal) -> None:
+    """Holds the rows that were written against those of the input, which must be what it was at the start."""
+    if _file(spec.source.path) != settings["input"]:
+        raise JobError(f"{spec.source.path}: has changed while the job ran; give --restart to begin anew")
+    written, there = sum(counts["rows"] for counts in journal.counts()), spec.source.count()
+    if written != there:
+        raise JobError(
+            f"{spec.source.path}: has {there} rows, and {written} were written; give --restart to begin anew"
+        )
 
 
 async def _task(spec: JobSpec, session: Session, journal: Journal) -> Task:
@@ -158,9 +234,13 @@ async def _task(spec: JobSpec, session: Session, journal: Journal) -> Task:
         return replace(await session.prepare(replace(options, calibrate=())), offsets=offsets)
     if spec.calibration is not None:
         spec.calibration.check()
-        texts = tuple(row.text for row in spec.calibration.rows() if row.text is not None)
+        rows = list(spec.calibration.rows())
+        texts = tuple(row.text for row in rows if row.text is not None)
         if not texts:
             raise OptionError(f"--calibration {spec.calibration.path}: no row has a text")
+        if bad := [row for row in rows if row.text is None]:
+            told = f"{len(bad)} of {len(rows)} rows are left out, the first of them row {bad[0].number}: {bad[0].error}"
+            logger.warning("--calibration %s: %s", spec.calibration.path, told)
         options = replace(options, calibrate=texts)
     task = await session.prepare(options)
     journal.put("offsets", task.offsets)
@@ -248,7 +328,7 @@ class _Job:
         prompts = await self._session.tokens.encode(
             [self._task.template.render(text) for text in missing], special=self._task.special
         )
-        await self._session.scorer.score(prompts, self._task.label_set, take)
+        await self._session.scorer.score(prompts, self._task.label_set, take, behind=True)
         window.done.set()
         for text, other in elsewhere.items():
             await other.done.wait()

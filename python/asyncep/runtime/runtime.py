@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from asyncep.batching.address import server_url
 from asyncep.batching.errors import OptionError
 from asyncep.batching.scorer import Totals
+from asyncep.batching.tokens import Untokenized
 from asyncep.classify.rows import RowSource
 from asyncep.jobs.run import JobResult, JobSpec, OnProgress, run_job
 from asyncep.local_server import local_server
-from asyncep.runtime.frames import library_of, texts_of, with_results
+from asyncep.runtime.frames import check_frame, is_frame, library_of, listed, texts_of, with_results
 from asyncep.runtime.loop import LoopThread
 from asyncep.runtime.results import Classification, Ranked, Score, TokenLogProbs
 from asyncep.runtime.session import Session, open_session
 from asyncep.runtime.task import TaskOptions
 from asyncep.runtime.windows import WINDOW, in_order, windows
+from asyncep_router.errors import ConfigError
+from asyncep_router.keys import key_from
+
+# Arguments with a key, and the variable that `asyncep serve` reads it from.
+_KEYS = {"api_key": "ASYNCEP_API_KEY", "admin_api_key": "ASYNCEP_ADMIN_API_KEY"}
 
 
 class Runtime:
@@ -50,10 +57,13 @@ class Runtime:
 
     def __init__(self, model: str, dp_size: int = 1, *, start_seconds: float = 600, **options: Any) -> None:
         self._model: str | None = str(model)
+        # Keys go by the environment: anybody on the host can read a command line.
+        keys = {variable: _key(name, options.pop(name, None), variable) for name, variable in _KEYS.items()}
+        self._environment = {variable: key for variable, key in keys.items() if key}
         self._flags = ["--dp-size", str(dp_size), *_flags({"log_level": "warning", **options})]
         self._start_seconds = start_seconds
         self._url: str | None = None
-        self._api_key: str | None = options.get("api_key")
+        self._api_key: str | None = keys["ASYNCEP_API_KEY"]
         self._stack: contextlib.ExitStack | None = None
         self._loop: LoopThread | None = None
         self._session: Session | None = None
@@ -63,7 +73,15 @@ class Runtime:
         """A runtime on a server that runs already: ``asyncep serve``, our HTTP router, or stock SGLang.
 
         Args:
-            url: such as ``http://127.0.0.1:30000``.
+            url: such as ``http://127.0.0.1:30000``; without a scheme it is ``http``.
+            api_key: the server's key, or ``@FILE`` whose first line it is; by default that of ``$ASYNCEP_API_KEY``.
+
+        A connection has 10 s to come about and a question about the server 30 s to be answered; work has no limit, but
+        a server that says nothing any more is given up. Calls of more than 64 texts, and files, wait on servers of ours
+        for requests of others (`docs/clients.md`).
+
+        Raises:
+            OptionError: the URL is none.
 
         Example:
             >>> with Runtime.connect(runtime.url) as other:
@@ -71,7 +89,8 @@ class Runtime:
             2
         """
         runtime = cls("", 1)
-        runtime._model, runtime._url, runtime._api_key = None, url, api_key
+        runtime._model, runtime._url = None, server_url(url)
+        runtime._api_key = _key("api_key", api_key, "ASYNCEP_API_KEY")
         return runtime
 
     # Life
@@ -89,7 +108,12 @@ class Runtime:
         with contextlib.ExitStack() as stack:
             if self._model is not None:
                 self._url = stack.enter_context(
-                    local_server(self._model, self._flags, start_seconds=self._start_seconds)
+                    local_server(
+                        self._model,
+                        self._flags,
+                        start_seconds=self._start_seconds,
+                        environment=self._environment,
+                    )
                 )
             loop = LoopThread()
             stack.callback(loop.stop)
@@ -168,9 +192,10 @@ class Runtime:
         session, loop = self._need()
         wanted = _task_options(labels, options)
         if library_of(texts):
+            check_frame(texts, wanted.labels)
             results = loop.run(_classify(session, texts_of(texts, text), wanted))
             return with_results(texts, results, wanted.labels)
-        if isinstance(texts, Sequence):
+        if isinstance(texts, Sequence | Mapping | Set) or not isinstance(texts, Iterable):
             return loop.run(_classify(session, _strings(texts), wanted))
         return loop.iterate(_stream(session, texts, wanted))
 
@@ -187,6 +212,7 @@ class Runtime:
         session, loop = self._need()
         wanted = _task_options(labels, options)
         if library_of(texts):
+            check_frame(texts, wanted.labels)
             results = await loop.start(_classify(session, texts_of(texts, text), wanted))
             return with_results(texts, results, wanted.labels)
         return await loop.start(_classify(session, _strings(texts), wanted))
@@ -206,6 +232,9 @@ class Runtime:
             [None, None]
         """
         session, loop = self._need()
+        wrong = is_frame(texts) or isinstance(texts, str | bytes | Mapping | Set)
+        if wrong or not isinstance(texts, Iterable | AsyncIterable):
+            raise OptionError(f"texts: an iterator of strings is needed, not {type(texts).__name__}")
         return loop.aiterate(_stream(session, texts, _task_options(labels, options)))
 
     def classify_file(
@@ -220,6 +249,7 @@ class Runtime:
         limit: int | None = None,
         shard: tuple[int, int] = (0, 1),
         restart: bool = False,
+        overwrite: bool = False,
         on_progress: OnProgress | None = None,
         **options: Any,
     ) -> JobResult:
@@ -234,6 +264,7 @@ class Runtime:
             limit: only the first so many rows.
             shard: (i, n), from (0, 1): only the i-th of n parts of them.
             restart: forget what an unfinished run has done.
+            overwrite: write over an `output` that is there already; never over `source`.
             on_progress: told now and then, from another thread.
             **options: those of `classify`.
 
@@ -253,7 +284,7 @@ class Runtime:
         """
         session, loop = self._need()
         rows = RowSource(Path(source), text, gold, tuple(keep), limit, shard)
-        spec = JobSpec(rows, Path(output), _task_options(labels, options), restart=restart)
+        spec = JobSpec(rows, Path(output), _task_options(labels, options), restart=restart, overwrite=overwrite)
         return loop.run(run_job(spec, session, on_progress=on_progress))
 
     # Scores
@@ -387,12 +418,19 @@ class Runtime:
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text as the model reads it, without special tokens.
 
+        Raises:
+            OptionError: the server refuses a text, as too long.
+
         Example:
             >>> len(runtime.tokenize(["one text", "another"]))
             2
         """
         session, loop = self._need()
-        return loop.run(session.tokens.encode(list(texts), special=False))
+        found = loop.run(session.tokens.encode(listed("texts", texts), special=False))
+        for number, ids in enumerate(found):
+            if isinstance(ids, Untokenized):
+                raise OptionError(f"texts: number {number}: {ids.reason}")
+        return found
 
     def _need(self) -> tuple[Session, LoopThread]:
         if self._session is None or self._loop is None:
@@ -417,7 +455,7 @@ async def _stream(
 
 
 def _strings(texts: Any) -> Sequence[str]:
-    if isinstance(texts, str) or not isinstance(texts, Sequence):
+    if isinstance(texts, str | bytes) or not isinstance(texts, Sequence):
         raise OptionError(f"texts: a list of strings or a frame is needed, not {type(texts).__name__}")
     return texts
 
@@ -431,6 +469,13 @@ def _task_options(labels: Sequence[str], options: dict[str, Any]) -> TaskOptions
     wanted = TaskOptions(tuple(labels), **options)
     wanted.check()
     return wanted
+
+
+def _key(argument: str, given: str | None, variable: str) -> str | None:
+    try:
+        return key_from(given, variable)
+    except ConfigError as error:
+        raise OptionError(f"{argument}: {error}") from error
 
 
 def _flags(options: Mapping[str, Any]) -> list[str]:

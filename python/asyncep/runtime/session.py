@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
 from asyncep.batching.errors import OptionError
-from asyncep.batching.generate import GenerateClient, ServerApi
+from asyncep.batching.generate import Behind, GenerateClient, ServerApi
 from asyncep.batching.labels import LabelScores, LabelSet
 from asyncep.batching.probes import Answerer
 from asyncep.batching.scorer import Scorer
@@ -16,6 +16,7 @@ from asyncep.batching.server_facts import ServerFacts, ask_server
 from asyncep.batching.tokens import TextTokens, chat_surroundings, tokens_for
 from asyncep.classify.scoring import offsets_of
 from asyncep.classify.template import Template
+from asyncep.runtime.frames import listed
 from asyncep.runtime.results import Classification, Ranked, Score, TokenLogProbs
 from asyncep.runtime.task import Task, TaskOptions
 
@@ -60,7 +61,7 @@ class Session:
 
     async def scores(self, texts: Sequence[str], task: Task) -> list[LabelScores | str]:
         """Label scores of each text, or why there are none."""
-        good = [number for number, text in enumerate(texts) if isinstance(text, str) and text.strip()]
+        good = [number for number, text in enumerate(texts) if _usable(text)]
         prompts = await self.tokens.encode([task.template.render(texts[n]) for n in good], special=task.special)
         found = await self.scorer.score(prompts, task.label_set)
         results = [_unusable(text) for text in texts]
@@ -74,6 +75,7 @@ class Session:
 
     async def logprobs(self, prompts: Sequence[str | Sequence[int]], token_ids: Sequence[int]) -> list[TokenLogProbs]:
         """See `Runtime.logprobs`."""
+        prompts = listed("prompts", prompts)
         found = await self.scorer.score(await self._ids(prompts), _one_token_each(token_ids, "token_ids"))
         return [TokenLogProbs((), s) if isinstance(s, str) else TokenLogProbs(s.scores) for s in found]
 
@@ -87,7 +89,8 @@ class Session:
         item_first: bool = False,
     ) -> list[Score]:
         """See `Runtime.score`."""
-        prompts = [_joined(query, item, item_first) for item in items]
+        prompts = [_joined(query, item, item_first) for item in listed("items", items)]
+        prompts = listed("prompts", prompts)
         found = await self.scorer.score(await self._ids(prompts), _one_token_each(label_token_ids, "label_token_ids"))
         return [_score(scores, apply_softmax) for scores in found]
 
@@ -113,6 +116,7 @@ class Session:
             if self.client is None:
                 raise OptionError("chat: needs a server, which has the model's chat template")
             plain = Template(*await chat_surroundings(self.client, plain.before, plain.after, None))
+        documents = listed("documents", documents)
         found = await self.classify(documents, replace(task, template=plain, special=not chat))
         ranked = [
             Ranked(number, documents[number], None if c.error else c.probabilities[answers[0]], c.error)
@@ -132,12 +136,14 @@ async def open_session(url: str, *, api_key: str | None = None, in_flight: int =
     """A session with the server at `url`.
 
     Raises:
+        OptionError: the URL is none.
         ServerError: no server there, or none of SGLang's kind.
     """
     async with GenerateClient(url, api_key=api_key) as client:
         facts = await ask_server(client)
         tokens = await tokens_for(client, facts.tokenizer)
-        async with Scorer(client, facts, in_flight=in_flight) as scorer:
+        behind = Behind(client) if facts.priorities else None
+        async with Scorer(client, facts, in_flight=in_flight, behind=behind) as scorer:
             yield Session(scorer, tokens, client)
 
 
@@ -148,10 +154,22 @@ async def session_with(answerer: Answerer, tokens: TextTokens, facts: ServerFact
         yield Session(scorer, tokens, None)
 
 
+def _usable(text: object) -> bool:
+    return isinstance(text, str) and bool(text.strip()) and _encodable(text)
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _unusable(text: object) -> LabelScores | str:
     if not isinstance(text, str):
         return f"a string is needed, not {type(text).__name__}"
-    return "the text is empty"
+    return "the text is empty" if _encodable(text) else "the text has half of a surrogate pair, which is no character"
 
 
 def _joined(query: str | Sequence[int], item: str | Sequence[int], item_first: bool) -> str | Sequence[int]:
