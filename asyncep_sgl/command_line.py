@@ -62,6 +62,7 @@ class ServeOptions:
         batch_folder: where the Batch API keeps its state; None for the default.
         keys: of clients and of the administrator.
         front: bounds on what clients may ask.
+        file_bytes, file_days, disk_floor: what its files may take, see `asyncep_sgl.batches.bounds.Bounds`.
         passed: SGLang's own flags as the user gave them, the above excluded.
     """
 
@@ -97,6 +98,9 @@ class ServeOptions:
     batch_folder: str | None
     keys: Keys
     front: FrontOptions
+    file_bytes: int
+    file_days: int
+    disk_floor: int | None
     passed: tuple[str, ...]
 
 
@@ -207,6 +211,27 @@ def parse(arguments: Sequence[str]) -> ServeOptions:
         help="keys of several clients, a line each: NAME KEY [admin] [prompts_per_second=N] [file_bytes=SIZE]",
     )
     front_options.add_flags(parser, parse_size)
+    group.add_argument(
+        "--asyncep-file-quota",
+        type=parse_size,
+        default=20 * 10**9,
+        metavar="SIZE",
+        help="most bytes of all files in /v1/files together; a caller of --api-key-file may have less (default 20GB)",
+    )
+    group.add_argument(
+        "--asyncep-file-days",
+        type=int,
+        default=30,
+        metavar="N",
+        help="days after which files and ended batches are forgotten; 0 keeps them (default 30)",
+    )
+    group.add_argument(
+        "--asyncep-disk-floor",
+        type=parse_size,
+        metavar="SIZE",
+        help="space on the disk of --asyncep-batch-dir that files and batches leave free (default 1GB, or a twentieth "
+        "of a smaller disk)",
+    )
     hosts = parser.add_argument_group("several hosts", "run the same command on each, with its own --node-rank")
     hosts.add_argument("--nnodes", type=int, default=1, metavar="N", help="hosts that share the experts (default 1)")
     hosts.add_argument("--node-rank", type=int, default=0, metavar="I", help="which of them this is, from 0")
@@ -317,6 +342,9 @@ def parse(arguments: Sequence[str]) -> ServeOptions:
         batch_folder=known.asyncep_batch_dir,
         keys=_keys(known),
         front=front_options.read_flags(known),
+        file_bytes=known.asyncep_file_quota,
+        file_days=known.asyncep_file_days,
+        disk_floor=known.asyncep_disk_floor,
         passed=tuple(passed),
     )
 
@@ -355,6 +383,10 @@ def _refuse_unservable(known: argparse.Namespace) -> None:
         raise UsageError(f"--dtype {known.dtype}: use bfloat16 or float32")
     if known.asyncep_threshold_tokens < 1 or known.asyncep_max_wait_ms < 0:
         raise UsageError("--asyncep-threshold-tokens must be at least 1 and --asyncep-max-wait-ms at least 0")
+    if known.asyncep_file_quota < 0 or not 0 <= known.asyncep_file_days <= 36500:
+        raise UsageError("--asyncep-file-quota must be at least 0 and --asyncep-file-days 0 to 36500")
+    if known.asyncep_disk_floor is not None and known.asyncep_disk_floor < 0:
+        raise UsageError(f"--asyncep-disk-floor {known.asyncep_disk_floor}: use 0 or more")
     if not 0 < known.port < 65536:
         raise UsageError(f"--port {known.port}: use 1 to 65535")
 

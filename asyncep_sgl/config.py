@@ -97,6 +97,7 @@ class AsyncEPConfig(msgspec.Struct, frozen=True, kw_only=True):
         version: of this package.
         log_gathers: write a JSON line for each batch that gathered.
         batch_folder: where the Batch API keeps its files and state.
+        file_bytes, file_days, disk_floor: what its files may take, see `asyncep_sgl.batches.bounds.Bounds`.
         kernels: whose experts and attention compute on a CPU: this project's, or the torch code SGLang has.
         without: savings of processor time that are left out.
         transport: where the experts lie: ``host`` in the host's memory for CPUs, ``cuda`` in the devices' memory, a
@@ -117,6 +118,9 @@ class AsyncEPConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_gathers: bool = False
     transport: Literal["host", "cuda", "pinned"] = "host"
     batch_folder: str = ""
+    file_bytes: int = 20 * 10**9
+    file_days: int = 30
+    disk_floor: int | None = None
     decode: Literal["refuse", "allow"] = "refuse"
     kernels: Literal["ours", "sglang"] = "ours"
     without: tuple[Saving, ...] = ()

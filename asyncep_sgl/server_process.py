@@ -20,6 +20,7 @@ from starlette.routing import Route
 from asyncep_router.cost import ModelCost
 from asyncep_router.long_lived import settle
 from asyncep_sgl.batches.api import BatchApi, BatchLife
+from asyncep_sgl.batches.bounds import Bounds
 from asyncep_sgl.calibration import calibrate
 from asyncep_sgl.command_line import refused_flag
 from asyncep_sgl.config import AsyncEPConfig
@@ -104,9 +105,14 @@ def main(arguments: list[str]) -> None:
         app,
         Path(config.batch_folder),
         server_args.model_path,
-        policy.internal,
         most=config.ranks * (_BATCH_REQUESTS_ROUTED if config.router is not None else _BATCH_REQUESTS),
+        bounds=Bounds(config.file_bytes, config.file_days, config.disk_floor),
     )
+
+    def drained() -> None:
+        batches.end()
+        os._exit(0)
+
     app.routes.extend(batches.routes())
     app.add_middleware(BatchLife, api=batches)
     model = read_config(server_args.model_path, server_args.revision)
@@ -120,7 +126,7 @@ def main(arguments: list[str]) -> None:
             lambda rid: owner_of(get_global_state().tokenizer_manager, rid),
         ),
     )
-    app.add_middleware(Drain)
+    app.add_middleware(Drain, finish=drained)
     app.add_api_route("/asyncep/status", status, methods=["GET"])
     url = f"http://{host}:{server_args.port}"
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import IO, Any
 
 import orjson
 
-from asyncep_sgl.batches.records import MOST_REQUESTS
+from asyncep_sgl.batches.estimates import answer_bytes
+from asyncep_sgl.batches.records import MOST_REQUESTS, shown
 
 # More than so many are not listed; the file has to be looked at anyhow.
 _MOST_PROBLEMS = 100
+_TOO_LONG = "line_too_long"
 _LONGEST_ID = 512
+MOST_LINE_BYTES = 16 << 20
 _LINE_BREAKS = tuple((chr(code).encode(), f"\\u{code:04x}".encode()) for code in (0x85, 0x2028, 0x2029))
 
 
@@ -24,12 +27,14 @@ class RequestLine:
         number: line, counted from 1.
         custom_id: the client's name of it.
         offset, length: its bytes in the file.
+        estimate: bytes that its answer is expected to take; known where the line has just been read.
     """
 
     number: int
     custom_id: str
     offset: int
     length: int
+    estimate: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -62,19 +67,19 @@ def read_lines(lines: Iterable[bytes], endpoint: str) -> tuple[list[RequestLine]
         if not line.strip():
             continue
         found = _read_line(line, number, endpoint)
-        if isinstance(found, str):
-            if found in first:
-                found = Problem(
-                    "duplicate_custom_id",
-                    f"custom_id {found!r} is also that of line {first[found]}",
-                    number,
-                    "custom_id",
-                )
+        if not isinstance(found, Problem):
+            name, estimate = found
+            if name in first:
+                message = f"custom_id {shown(name)} is also that of line {first[name]}"
+                found = Problem("duplicate_custom_id", message, number, "custom_id")
             else:
-                first[found] = number
-                requests.append(RequestLine(number, found, here, len(line)))
+                first[name] = number
+                requests.append(RequestLine(number, name, here, len(line), estimate))
         if isinstance(found, Problem):
             problems.append(found)
+            if found.code == _TOO_LONG:
+                # What follows is the rest of that line.
+                break
             if len(problems) == _MOST_PROBLEMS:
                 break
         if len(requests) > MOST_REQUESTS:
@@ -87,14 +92,28 @@ def read_lines(lines: Iterable[bytes], endpoint: str) -> tuple[list[RequestLine]
     return requests, problems
 
 
-def body_of(line: bytes) -> dict[str, Any]:
-    """The body of a line that `read_lines` has taken."""
-    body: dict[str, Any] = orjson.loads(line)["body"]
-    return body
+def split(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file, none of them much longer than what is taken."""
+    while line := file.readline(MOST_LINE_BYTES + 1):
+        yield line
 
 
-def _read_line(line: bytes, number: int, endpoint: str) -> str | Problem:
-    """The custom_id of a good line."""
+def body_of(line: bytes, custom_id: str) -> bytes:
+    """The body of a line that `read_lines` has taken.
+
+    Raises:
+        ValueError: it is no longer there; the file has changed.
+    """
+    fields = orjson.loads(line)
+    if not isinstance(fields, dict) or fields.get("custom_id") != custom_id:
+        raise ValueError("another line stands there now")
+    return orjson.dumps(fields["body"])
+
+
+def _read_line(line: bytes, number: int, endpoint: str) -> tuple[str, int] | Problem:
+    """The custom_id of a good line, and the bytes that its answer is expected to take."""
+    if len(line) > MOST_LINE_BYTES:
+        return Problem(_TOO_LONG, f"longer than {MOST_LINE_BYTES >> 20} MiB; divide the request", number)
     try:
         fields = orjson.loads(line)
     except orjson.JSONDecodeError as error:
@@ -106,16 +125,16 @@ def _read_line(line: bytes, number: int, endpoint: str) -> str | Problem:
         message = f"custom_id: a string of 1 to {_LONGEST_ID} characters is needed"
         return Problem("invalid_custom_id", message, number, "custom_id")
     if fields.get("method", "POST") != "POST":
-        return Problem("invalid_method", f"method: POST is needed, not {fields['method']!r}", number, "method")
+        return Problem("invalid_method", f"method: POST is needed, not {shown(fields['method'])}", number, "method")
     if fields.get("url") != endpoint:
-        message = f"url: {fields.get('url')!r} is not the batch's endpoint {endpoint}"
+        message = f"url: {shown(fields.get('url'))} is not the batch's endpoint {endpoint}"
         return Problem("mismatched_endpoint", message, number, "url")
     body = fields.get("body")
     if not isinstance(body, dict):
         return Problem("missing_body", "body: a JSON object is needed", number, "body")
     if body.get("stream"):
         return Problem("stream_not_supported", "body.stream: answers go to a file; leave it out", number, "body.stream")
-    return name
+    return name, answer_bytes(endpoint, body, len(line))
 
 
 def answer_line(batch: str, number: int, custom_id: str, status: int, body: bytes) -> bytes:
@@ -128,13 +147,9 @@ def answer_line(batch: str, number: int, custom_id: str, status: int, body: byte
     return _line(batch, number, custom_id, response, None)
 
 
-def unanswered_line(batch: str, number: int, custom_id: str, why: Literal["expired", "cancelled"]) -> bytes:
-    """A line for a request that was not computed."""
-    message = {
-        "expired": "not executed before the completion window ended",
-        "cancelled": "not executed before the batch was cancelled",
-    }[why]
-    return _line(batch, number, custom_id, None, {"code": f"batch_{why}", "message": message})
+def error_line(batch: str, number: int, custom_id: str, code: str, message: str) -> bytes:
+    """A line for a request that was not answered."""
+    return _line(batch, number, custom_id, None, {"code": code, "message": message})
 
 
 def _line(

@@ -26,8 +26,16 @@ ENDPOINTS = (
 MOST_FILE_BYTES = 200 * 1000 * 1000
 MOST_REQUESTS = 50_000
 MOST_METADATA = 16
+MOST_FILENAME = 255
 _LONGEST_WINDOW = 30 * 86400
+_LONGEST_SHOWN = 100
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def shown(value: Any) -> str:
+    """A client's value as a message may show it: cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "…"
 
 
 class ApiError(Exception):
@@ -60,6 +68,7 @@ class FileRecord:
         filename: as uploaded.
         size: bytes.
         created_at, expires_at: seconds since 1970; None never expires.
+        owner: name of the caller whose it is; empty where the server had no keys.
     """
 
     id: str
@@ -68,6 +77,7 @@ class FileRecord:
     size: int
     created_at: int
     expires_at: int | None = None
+    owner: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """In OpenAI's schema."""
@@ -98,9 +108,14 @@ class BatchRecord:
         times: when it got into which status, seconds since 1970, by the status' name.
         created_at, expires_at: seconds since 1970.
         total, completed, failed: requests; failed ones were answered with an error, or not at all.
-        errors: why the input file was refused.
+        errors: why it failed.
         metadata: the client's own.
-        output_seconds: seconds its files are kept; None for ever.
+        output_seconds: seconds its files are kept; None as long as any.
+        owner: name of the caller whose it is; empty where the server had no keys.
+        quota: most bytes of the owner's files, by the owner's key; None has the server's bound.
+        estimate: bytes that its answers are expected to take; 0 until its input was read.
+        readings: times that its input was begun to be read since it last was read whole.
+        quarantined: lines during each of which, sent alone, the server ended.
     """
 
     id: str
@@ -120,15 +135,27 @@ class BatchRecord:
     errors: tuple[Mapping[str, Any], ...] = ()
     metadata: Mapping[str, str] | None = None
     output_seconds: int | None = None
+    owner: str = ""
+    quota: int | None = None
+    estimate: int = 0
+    readings: int = 0
+    quarantined: int = 0
 
-    def as_json(self) -> dict[str, Any]:
-        """In OpenAI's schema."""
+    def as_json(self, waits: str | None = None) -> dict[str, Any]:
+        """In OpenAI's schema.
+
+        Args:
+            waits: why an unfinished batch does not go on at the moment. It is shown as an entry of ``errors``.
+        """
+        errors = list(self.errors)
+        if waits is not None and self.status in UNFINISHED:
+            errors.append({"code": "waiting", "message": waits, "line": None, "param": None})
         return {
             "id": self.id,
             "object": "batch",
             "endpoint": self.endpoint,
             "model": self.model,
-            "errors": {"object": "list", "data": list(self.errors)} if self.errors else None,
+            "errors": {"object": "list", "data": errors} if errors else None,
             "input_file_id": self.input_file,
             "completion_window": self.window,
             "status": self.status,
@@ -171,13 +198,16 @@ def read_order(body: Any) -> Order:
     known = {"input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after"}
     for field in body:
         if field not in known:
-            raise ApiError(400, f"{field}: unknown field; use {', '.join(sorted(known))}", param=field)
+            message = f"{shown(field)[1:-1]}: unknown field; use {', '.join(sorted(known))}"
+            raise ApiError(400, message, param=field[:_LONGEST_SHOWN])
     for field in ("input_file_id", "endpoint", "completion_window"):
         if not isinstance(body.get(field), str):
-            raise ApiError(400, f"{field}: a string is needed, not {body.get(field)!r}", param=field)
+            raise ApiError(400, f"{field}: a string is needed, not {shown(body.get(field))}", param=field)
     endpoint = body["endpoint"]
     if endpoint not in ENDPOINTS:
-        raise ApiError(400, f"endpoint: {endpoint!r} takes no batches; use {', '.join(ENDPOINTS)}", param="endpoint")
+        raise ApiError(
+            400, f"endpoint: {shown(endpoint)} takes no batches; use {', '.join(ENDPOINTS)}", param="endpoint"
+        )
     return Order(
         body["input_file_id"],
         endpoint,
@@ -199,7 +229,7 @@ def window_seconds(text: str) -> int:
     if not 0 < seconds <= _LONGEST_WINDOW:
         raise ApiError(
             400,
-            f"completion_window: {text!r}: write it as 24h, 90m or 600s, at most 30d",
+            f"completion_window: {shown(text)}: write it as 24h, 90m or 600s, at most 30d",
             param="completion_window",
         )
     return seconds
@@ -219,7 +249,7 @@ def expiry_seconds(value: Any, field: str) -> int | None:
     if isinstance(seconds, str) and re.fullmatch(r"[0-9]{1,8}", seconds):
         seconds = int(seconds)
     if isinstance(seconds, bool) or not isinstance(seconds, int) or not 3600 <= seconds <= _LONGEST_WINDOW:
-        raise ApiError(400, f"{field}.seconds: {seconds!r}: use 3600 (an hour) to {_LONGEST_WINDOW}", param=field)
+        raise ApiError(400, f"{field}.seconds: {shown(seconds)}: use 3600 (an hour) to {_LONGEST_WINDOW}", param=field)
     return seconds
 
 

@@ -1,8 +1,9 @@
 """Works off batches: a bounded number of requests at a time, sent through the server's own routes.
 
 Requests go through the whole application as a client's would, so that checks, errors and answers are the same. What is
-different: they are marked as `in_batch`, by which they get a lower priority in the router, and at most so many are
-under way. A request that came at a bad moment (503, 429) is tried again until its batch expires.
+different: they are marked as `in_batch`, by which they get a lower priority in the router, they are sent in the name of
+the batch's owner, and at most so many are under way. A request that came at a bad moment (503, 429) is tried again
+until its batch expires. What a full disk does not take is tried again until it does.
 """
 
 from __future__ import annotations
@@ -10,15 +11,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import IO
+from typing import IO, TypeVar
 
 import orjson
 
-from asyncep_sgl.batches.lines import RequestLine, body_of, read_lines
+from asyncep_router.keys import Caller
+from asyncep_sgl.batches.bounds import Promise
+from asyncep_sgl.batches.disk import DiskError, NoSpace
+from asyncep_sgl.batches.inputs import FileChanged, open_input, read_body, read_input, unreadable
+from asyncep_sgl.batches.lines import Problem, RequestLine
 from asyncep_sgl.batches.mark import in_batch
 from asyncep_sgl.batches.records import BatchRecord
-from asyncep_sgl.batches.store import Answer, BatchStore, Final
+from asyncep_sgl.batches.requests import Answer
+from asyncep_sgl.batches.store import BatchStore, Final
+from asyncep_sgl.batches.turns import Turns
+from asyncep_sgl.batches.work import Answers, Work
+from asyncep_sgl.front.caller import caller
 
 logger = logging.getLogger("asyncep")
 
@@ -26,11 +36,21 @@ Send = Callable[[str, bytes], Awaitable[tuple[int, bytes]]]
 """Posts a JSON body to a path; gives status and body of the answer."""
 
 _KEEP_SECONDS = 0.5
-_PAGE = 256
+# Requests marked as under way in one transaction. All that are marked are suspects if the server ends.
+_PAGE = 64
 _TRY_AGAIN = (429, 503)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 15.0
+# At least so often it is looked whether there is space for what waits for it.
+_LOOK_SECONDS = 3.0
 # A server error may be a rank's death; but the same request must not bring down one after the other.
 _MOST_SERVER_ERRORS = 3
+# Batches of one owner that are worked on at a time; files read at a time.
+_MOST_ACTIVE, _MOST_READING = 8, 2
+# Ends of the server that a batch may be the reason of: while its file is read, and while one of its lines is alone.
+_MOST_READINGS, MOST_QUARANTINED = 3, 10
+# Times that a batch is begun again after an error that nobody foresaw.
+_MOST_ERRORS = 3
+_T = TypeVar("_T")
 
 
 class BatchRunner:
@@ -46,10 +66,12 @@ class BatchRunner:
         self, store: BatchStore, model: str, send: Send, *, most: int, clock: Callable[[], float] = time.time
     ) -> None:
         self._store, self._model, self._send, self._clock = store, model, send, clock
-        # Waiters get a place in the order they asked, so that batches take turns.
-        self._places = asyncio.Semaphore(most)
+        self._turns = Turns(most)
+        self._reading = asyncio.Semaphore(_MOST_READING)
+        self._active: Counter[str] = Counter()
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._ends: dict[str, asyncio.Event] = {}
+        self._works: dict[str, Work] = {}
+        self._closing = False
 
     async def resume(self) -> None:
         """Goes on with everything that is unfinished."""
@@ -58,108 +80,279 @@ class BatchRunner:
 
     def begin(self, batch: BatchRecord) -> None:
         """Works on a batch, if nobody does so yet."""
-        if batch.id not in self._tasks:
-            self._ends[batch.id] = asyncio.Event()
-            task = self._tasks[batch.id] = asyncio.create_task(self._run(batch.id))
-            task.add_done_callback(lambda _: self._forget(batch.id))
+        if batch.id not in self._tasks and not self._closing:
+            work = self._works[batch.id] = Work(batch.id, batch.owner, batch.quota)
+            work.going.set()
+            timer = asyncio.get_running_loop().call_later(max(0.0, batch.expires_at - self._clock()), self._stop, work)
+            task = self._tasks[batch.id] = asyncio.create_task(self._run(work))
+            task.add_done_callback(lambda _: self._forget(work, timer))
 
     def cancel(self, batch_id: str) -> None:
         """No further request of this batch; those under way are finished."""
-        if (end := self._ends.get(batch_id)) is not None:
-            end.set()
+        if (work := self._works.get(batch_id)) is not None:
+            self._stop(work)
+
+    def waits(self, batch_id: str) -> str | None:
+        """Why a batch does not go on at the moment."""
+        work = self._works.get(batch_id)
+        return work.waits if work is not None else None
+
+    def look_again(self) -> None:
+        """There may be space now for what waits for it."""
+        for work in self._works.values():
+            work.wake.set()
 
     async def close(self) -> None:
         """Stops working; what is unfinished stays so."""
+        self._closing = True
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _forget(self, batch_id: str) -> None:
-        del self._tasks[batch_id], self._ends[batch_id]
+    def _stop(self, work: Work) -> None:
+        work.end.set()
+        work.wake.set()
 
-    async def _run(self, batch_id: str) -> None:
+    def _forget(self, work: Work, timer: asyncio.TimerHandle) -> None:
+        timer.cancel()
+        del self._tasks[work.id], self._works[work.id]
+        self._store.ledger.settle(work.id)
+        self.look_again()
+
+    # One batch
+
+    async def _run(self, work: Work) -> None:
+        # For all that this task and those it makes send.
+        in_batch.set(True)
+        caller.set(Caller(work.owner, file_bytes=work.quota))
+        while self._active[work.owner] >= _MOST_ACTIVE and not work.end.is_set():
+            await work.pause(_LONGEST_PAUSE)
+        self._active[work.owner] += 1
         try:
-            await self._batch(await self._store.batch(batch_id))
-        except Exception:
-            # Such as a full disk: the next start of the server goes on with it.
-            logger.exception("%s stands still until the server is started again", batch_id)
-
-    async def _batch(self, batch: BatchRecord) -> None:
-        if batch.status == "validating":
-            with self._store.files.path(batch.input_file).open("rb") as lines:
-                requests, problems = await asyncio.to_thread(read_lines, lines, batch.endpoint)
-            if problems:
-                return await self._store.refuse(batch.id, problems)
-            await self._store.accept(batch.id, requests)
-        elif batch.status == "finalizing":
-            return await self._store.finish(batch.id, "completed")
-        # It may have been cancelled meanwhile.
-        if (await self._store.batch(batch.id)).status == "in_progress":
-            end = self._ends[batch.id]
-            timer = asyncio.get_running_loop().call_later(max(0.0, batch.expires_at - self._clock()), end.set)
-            try:
-                await self._requests(batch, end)
-            finally:
-                timer.cancel()
-        if await self._store.waiting(batch.id, 0, 1):
-            cancelled = (await self._store.batch(batch.id)).status == "cancelling"
-            final: Final = "cancelled" if cancelled else "expired"
-        else:
-            await self._store.finalizing(batch.id)
-            cancelled = (await self._store.batch(batch.id)).status == "cancelling"
-            final = "cancelled" if cancelled else "completed"
-        await self._store.finish(batch.id, final)
-
-    async def _requests(self, batch: BatchRecord, end: asyncio.Event) -> None:
-        """Does requests until there are no more, or `end` is set."""
-        answers: asyncio.Queue[Answer | None] = asyncio.Queue()
-        writer = asyncio.create_task(self._keep(batch.id, answers))
-        after = 0
-        try:
-            with self._store.files.path(batch.input_file).open("rb") as file:
-                async with asyncio.TaskGroup() as group:
-                    while not end.is_set() and (page := await self._store.waiting(batch.id, after, _PAGE)):
-                        after = page[-1].number
-                        for line in page:
-                            await self._places.acquire()
-                            if end.is_set() or writer.done():
-                                self._places.release()
-                                break
-                            group.create_task(self._request(batch, line, file, answers, end))
-                        if writer.done():
-                            break
+            await self._patient(work)
         finally:
-            answers.put_nowait(None)
+            self._active[work.owner] -= 1
+
+    async def _patient(self, work: Work) -> None:
+        """Tries until the batch has ended."""
+        pause, errors = _FIRST_PAUSE, 0
+        while True:
+            try:
+                if errors < _MOST_ERRORS:
+                    await self._batch(work)
+                else:
+                    why = "the server failed on this batch several times; its log says how"
+                    await self._store.finish(work.id, "failed", [Problem("internal_error", why)])
+                return
+            except DiskError as error:
+                self._wait_for(work, error)
+            except Exception:
+                errors += 1
+                logger.exception("%s: an error that was not foreseen", work.id)
+                if errors > _MOST_ERRORS:
+                    # Not even its end could be written down; the next start of the server tries again.
+                    return
+            await work.pause(pause)
+            pause = min(2 * pause, _LOOK_SECONDS)
+
+    def _wait_for(self, work: Work, error: DiskError) -> None:
+        if work.waits is None:
+            logger.warning("%s waits: %s", work.id, error.message)
+        work.waits = f"waits for space: {error.message}" if isinstance(error, NoSpace) else error.message
+
+    async def _surely(self, work: Work, change: Callable[[], Awaitable[_T]]) -> _T:
+        """Does something to the state, again and again where the disk does not take it."""
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                done = await change()
+            except DiskError as error:
+                if self._closing:
+                    raise
+                self._wait_for(work, error)
+                work.going.clear()
+                await work.pause(pause)
+                pause = min(2 * pause, _LOOK_SECONDS)
+            else:
+                if not work.going.is_set():
+                    work.going.set()
+                    work.waits = None
+                    work.wake.set()
+                return done
+
+    async def _batch(self, work: Work) -> None:
+        batch = await self._store.batch(work.id)
+        if batch.status == "validating" and not await self._begin(work, batch):
+            return
+        batch = await self._store.batch(work.id)
+        self._store.ledger.promise(work.id, Answers(batch, *await self._store.requests.kept(work.id)).promise())
+        work.waits = None
+        if batch.status == "finalizing":
+            return await self._store.finish(work.id, "completed")
+        # It may have been cancelled meanwhile.
+        if batch.status == "in_progress":
+            await self._requests(work, batch)
+        if work.problem is not None:
+            return await self._store.finish(work.id, "failed", [work.problem])
+        final: Final = "expired"
+        if not await self._store.requests.unanswered(work.id):
+            await self._store.finalizing(work.id)
+            final = "completed"
+        if (await self._store.batch(work.id)).status == "cancelling":
+            final = "cancelled"
+        await self._store.finish(work.id, final)
+
+    # Its file
+
+    async def _begin(self, work: Work, batch: BatchRecord) -> bool:
+        """Reads the input file and accepts its requests once there is space for their answers; False ends it."""
+        self._store.ledger.settle(work.id)
+        problems: list[Problem] = []
+        requests: list[RequestLine] = []
+        if batch.readings >= _MOST_READINGS:
+            why = f"quarantined: the server ended each of the {batch.readings} times that it read this file"
+            problems = [Problem("quarantined", why)]
+        else:
+            size = await self._store.files.size(batch.input_file)
+            async with self._reading:
+                await self._store.reading(work.id)
+                try:
+                    path = self._store.files.path(batch.input_file)
+                    requests, problems = await asyncio.to_thread(read_input, path, size, batch.endpoint)
+                except (OSError, FileChanged) as error:
+                    problems = [unreadable(error)]
+                estimate = sum(request.estimate for request in requests)
+                await self._store.read(work.id, estimate)
+        if problems:
+            await self._store.finish(work.id, "failed", problems)
+            return False
+        promise = Promise.of(batch.owner, estimate, len(requests), 0, 0)
+        ledger, owner = self._store.ledger, Caller(batch.owner, file_bytes=batch.quota)
+        while (why_not := ledger.hold(owner, promise, self._store.disk.room())) is not None:
+            work.waits = why_not
+            if work.end.is_set():
+                # Cancelled, or there was no space until its window ended.
+                cancelled = (await self._store.batch(work.id)).status == "cancelling"
+                reason = [] if cancelled else [Problem("waiting", why_not)]
+                await self._store.finish(work.id, "cancelled" if cancelled else "expired", reason)
+                return False
+            await work.pause(_LOOK_SECONDS)
+        ledger.promise(work.id, promise)
+        await self._store.accept(work.id, requests)
+        return True
+
+    # Its requests
+
+    async def _requests(self, work: Work, batch: BatchRecord) -> None:
+        """Does requests until there are no more, the batch ends, or its file can no longer be read."""
+        store = self._store
+        # What an earlier try of this process had under way no longer is.
+        await store.requests.release(work.id)
+        if batch.quarantined > MOST_QUARANTINED:
+            why = f"quarantined: the server ended during {batch.quarantined} of its requests, each of them alone"
+            work.problem = Problem("quarantined", why)
+            return
+        try:
+            file = open_input(store.files.path(batch.input_file), await store.files.size(batch.input_file))
+        except (OSError, FileChanged) as error:
+            work.problem = unreadable(error)
+            return
+        with file:
+            await self._suspects(work, batch, file)
+            await self._together(work, batch, file)
+
+    async def _together(self, work: Work, batch: BatchRecord, file: IO[bytes]) -> None:
+        """Sends those of which nothing bad is known, many at a time."""
+        answers = Answers(batch, *await self._store.requests.kept(work.id))
+        queue: asyncio.Queue[Answer | None] = asyncio.Queue()
+        writer = asyncio.create_task(self._keep(work, answers, queue))
+        page: list[RequestLine] = []
+        try:
+            async with asyncio.TaskGroup() as group:
+                while not writer.done() and await self._may_go_on(work, answers):
+                    if not page and not (page := await self._surely(work, self._take(work))):
+                        break
+                    await self._turns.enter(work.owner, work.id)
+                    if work.stopped or not work.going.is_set():
+                        self._turns.leave(work.owner, work.id)
+                        continue
+                    group.create_task(self._request(work, batch, page.pop(0), file, queue))
+        finally:
+            queue.put_nowait(None)
             await writer
 
-    async def _request(
-        self,
-        batch: BatchRecord,
-        line: RequestLine,
-        file: IO[bytes],
-        answers: asyncio.Queue[Answer | None],
-        end: asyncio.Event,
-    ) -> None:
-        in_batch.set(True)
-        try:
-            file.seek(line.offset)
-            body = body_of(file.read(line.length))
-            status, answer = await self._patiently(batch.endpoint, body, end)
-            if status is not None:
-                answers.put_nowait((line.number, status, answer))
-        finally:
-            self._places.release()
+    def _take(self, work: Work) -> Callable[[], Awaitable[list[RequestLine]]]:
+        return lambda: self._store.requests.take(work.id, _PAGE)
 
-    async def _patiently(self, path: str, body: dict[str, object], end: asyncio.Event) -> tuple[int | None, bytes]:
+    async def _may_go_on(self, work: Work, answers: Answers) -> bool:
+        """Whether more requests are to be sent; waits until there is space for their answers."""
+        ledger, disk = self._store.ledger, self._store.disk
+        while not work.stopped:
+            promise = answers.promise()
+            ledger.promise(work.id, promise)
+            # Every batch can always end with the answers that it has.
+            left = max(1, answers.batch.total - answers.number)
+            page = 2 * (promise.files - promise.finish) * min(_PAGE, left) // left
+            try:
+                disk.need(ledger.to_finish + page)
+            except NoSpace as error:
+                self._wait_for(work, error)
+            else:
+                if work.going.is_set():
+                    work.waits = None
+                    return True
+            await work.pause(_LOOK_SECONDS)
+        return False
+
+    async def _request(
+        self, work: Work, batch: BatchRecord, line: RequestLine, file: IO[bytes], queue: asyncio.Queue[Answer | None]
+    ) -> None:
+        try:
+            body = await asyncio.to_thread(read_body, file, line)
+            status, answer = await self._patiently(batch.endpoint, body, work.end)
+            if status is not None:
+                queue.put_nowait((line.number, status, answer))
+        except (OSError, ValueError) as error:
+            work.problem = unreadable(error, line)
+            work.wake.set()
+        finally:
+            self._turns.leave(work.owner, work.id)
+
+    async def _suspects(self, work: Work, batch: BatchRecord, file: IO[bytes]) -> None:
+        """Sends those during which the server ended once more, each alone."""
+        pause = _FIRST_PAUSE
+        while not work.end.is_set() and (lines := await self._store.requests.suspects(work.id, 1)):
+            [line] = lines
+            try:
+                body = await asyncio.to_thread(read_body, file, line)
+            except (OSError, ValueError) as error:
+                work.problem = unreadable(error, line)
+                return
+            await self._turns.enter(work.owner, work.id, alone=True)
+            try:
+                if work.end.is_set():
+                    return
+                await self._store.requests.mark_alone(work.id, line.number, True)
+                status, answer = await self._answer(batch.endpoint, body)
+                if status not in _TRY_AGAIN:
+                    # Kept before anything else is sent: an end after it is not this request's.
+                    await self._store.requests.keep(work.id, [(line.number, status, answer)])
+                    pause = _FIRST_PAUSE
+                    continue
+                await self._store.requests.mark_alone(work.id, line.number, False)
+            finally:
+                self._turns.leave(work.owner, work.id)
+            await work.pause(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    async def _patiently(self, path: str, body: bytes, end: asyncio.Event) -> tuple[int | None, bytes]:
         """The answer of a request; status None if the batch ended before there was one."""
-        content, pause, errors = orjson.dumps(body), _FIRST_PAUSE, 0
+        pause, errors = _FIRST_PAUSE, 0
         while True:
-            status, answer = await self._send(path, content)
+            status, answer = await self._answer(path, body)
             errors += status >= 500 and status not in _TRY_AGAIN
-            if status < 500 and status not in _TRY_AGAIN:
-                return status, answer
-            if errors >= _MOST_SERVER_ERRORS:
+            if status not in _TRY_AGAIN and (status < 500 or errors >= _MOST_SERVER_ERRORS or b"quarantined" in answer):
                 return status, answer
             try:
                 await asyncio.wait_for(end.wait(), pause)
@@ -168,14 +361,31 @@ class BatchRunner:
             else:
                 return None, b""
 
-    async def _keep(self, batch_id: str, answers: asyncio.Queue[Answer | None]) -> None:
+    async def _answer(self, path: str, body: bytes) -> tuple[int, bytes]:
+        try:
+            return await self._send(path, body)
+        except Exception:
+            logger.exception("a batch's request to %s", path)
+            return 500, orjson.dumps({"error": {"message": "the server failed on this request", "code": 500}})
+
+    async def _keep(self, work: Work, answers: Answers, queue: asyncio.Queue[Answer | None]) -> None:
         """Keeps answers in few transactions, each at most half a second after it came."""
         last = False
         while not last:
-            some = [await answers.get()]
-            if some[0] is not None:
+            found = [await queue.get()]
+            if found[0] is not None:
                 await asyncio.sleep(_KEEP_SECONDS)
-            while not answers.empty():
-                some.append(answers.get_nowait())
-            last = None in some
-            await self._store.keep(batch_id, [answer for answer in some if answer is not None])
+            while not queue.empty():
+                found.append(queue.get_nowait())
+            last = None in found
+            some = [answer for answer in found if answer is not None]
+            size = sum(len(body) for _, _, body in some)
+
+            async def keep(some: list[Answer] = some, size: int = size) -> None:
+                self._store.disk.need(size)
+                await self._store.requests.keep(work.id, some)
+
+            if some:
+                await self._surely(work, keep)
+            answers.number += len(some)
+            answers.size += size

@@ -3,6 +3,8 @@
     state.sqlite   files, batches, and of unfinished batches each request's place and answer
     files/ID       the contents of a file; written under another name, synchronised, renamed, and then entered
     lock           held by the server that works on the folder
+    ballast        space that is given up where a delete meets a full disk
+    in-order       there after an end at which nothing was under way
 
 Every change of the database is one transaction. An answer is kept once: what comes for a request that has one is
 dropped, so that a request computed twice (before a kill and after) is there once. A batch's files are written whole
@@ -17,7 +19,7 @@ import fcntl
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -25,37 +27,49 @@ from typing import Any, Literal
 import aiosqlite
 import orjson
 
-from asyncep_sgl.batches.database import Database, whole
+from asyncep_router.keys import NOBODY, Caller
+from asyncep_sgl.batches.bounds import Bounds, Ledger, names_of
+from asyncep_sgl.batches.database import Database, synchronise, whole
+from asyncep_sgl.batches.disk import Disk, NoSpace
 from asyncep_sgl.batches.files import IS_UNFINISHED, FileStore
-from asyncep_sgl.batches.lines import Problem, RequestLine, answer_line, unanswered_line
+from asyncep_sgl.batches.lines import Problem, RequestLine, answer_line, error_line
 from asyncep_sgl.batches.records import UNFINISHED, ApiError, BatchRecord, FileRecord, Order, Status
+from asyncep_sgl.batches.requests import NO_ANSWER, RequestStore
 from asyncep_sgl.errors import UsageError
 
-_PAGE = 500
-
-Answer = tuple[int, int, bytes]
-"""Line of the request, HTTP status, body."""
-Final = Literal["completed", "expired", "cancelled"]
+Final = Literal["completed", "failed", "expired", "cancelled"]
+_WHY = {
+    "expired": "not executed before the completion window ended",
+    "cancelled": "not executed before the batch was cancelled",
+}
+_DAY = 86400
 
 
 class BatchStore:
     """Use `open_store`. For one event loop; its methods may be called together."""
 
-    def __init__(self, folder: Path, database: Database, clock: Callable[[], float]) -> None:
-        self.files = FileStore(folder / "files", database, clock)
+    def __init__(
+        self, folder: Path, database: Database, disk: Disk, ledger: Ledger, clock: Callable[[], float]
+    ) -> None:
+        self.files = FileStore(folder / "files", database, disk, ledger, clock)
+        self.requests = RequestStore(database)
+        self.disk, self.ledger = disk, ledger
         self._database, self._clock = database, clock
 
     # Batches
 
-    async def add_batch(self, order: Order, model: str) -> BatchRecord:
-        """A new batch, to be validated.
+    async def add_batch(self, order: Order, model: str, caller: Caller = NOBODY) -> BatchRecord:
+        """A new batch of a caller's, to be validated.
 
         Raises:
-            ApiError: 400; no such input file, or not one for batches.
+            ApiError: 400; no such input file, or not one for batches. 429; the caller has too many.
         """
         try:
-            file = await self.files.get(order.input_file)
+            # The administrator may use anybody's file; the batch is the administrator's.
+            file = await self.files.get(order.input_file, names_of(caller))
         except ApiError as error:
+            if error.status != 404:
+                raise
             raise ApiError(400, f"input_file_id: {error.message}", param="input_file_id") from error
         if file.purpose != "batch":
             raise ApiError(
@@ -63,6 +77,7 @@ class BatchStore:
                 f"input_file_id: {file.id} has the purpose {file.purpose!r}; upload it with 'batch'",
                 param="input_file_id",
             )
+        self.disk.need(0)
         now = int(self._clock())
         batch_id = f"batch_{uuid.uuid4().hex}"
         values = {
@@ -83,57 +98,103 @@ class BatchStore:
             "errors": "[]",
             "metadata": orjson.dumps(order.metadata).decode(),
             "output_seconds": order.output_seconds,
+            "owner": caller.name,
+            "quota": caller.file_bytes,
         }
         async with self._database.change():
+            await self._make_room(caller.name)
             await self._database.insert("batches", values)
         return await self.batch(batch_id)
 
-    async def batch(self, batch_id: str) -> BatchRecord:
+    async def _make_room(self, owner: str) -> None:
+        """Inside a transaction: an owner may have one more batch.
+
+        Raises:
+            ApiError: 429; too many are unfinished.
+        """
+        bounds = self.ledger.bounds
+        [(unfinished,)] = await self._database.select(
+            f"SELECT COUNT(*) FROM batches WHERE owner = ? AND {IS_UNFINISHED}", (owner,)
+        )
+        if unfinished >= bounds.unfinished:
+            message = f"you have {unfinished} unfinished batches, the most there may be; wait for some or cancel them"
+            raise ApiError(429, message, code="too_many_batches")
+        await self._database.execute(
+            f"""DELETE FROM batches WHERE id IN (SELECT id FROM batches WHERE owner = ? AND NOT {IS_UNFINISHED}
+            ORDER BY rowid DESC LIMIT -1 OFFSET ?)""",
+            (owner, max(0, bounds.batches - unfinished - 1)),
+        )
+
+    async def batch(self, batch_id: str, owners: Sequence[str] | None = None) -> BatchRecord:
         """A batch as it stands.
+
+        Args:
+            owners: whose batches are looked at; None means everybody's.
 
         Raises:
             ApiError: 404; there is none.
         """
         rows = await self._database.rows("SELECT * FROM batches WHERE id = ?", (batch_id,))
-        if not rows:
-            raise ApiError(404, f"no batch {batch_id!r}", param="batch_id", code="not_found")
+        if not rows or (owners is not None and rows[0]["owner"] not in owners):
+            raise ApiError(404, f"no batch {batch_id[:100]!r}", param="batch_id", code="not_found")
         return _batch(rows[0])
 
-    async def batches(self, *, after: str | None, limit: int) -> list[BatchRecord]:
+    async def batches(self, *, owners: Sequence[str] | None = None, after: str | None, limit: int) -> list[BatchRecord]:
         """Batches, the newest first, those after the one named `after`."""
-        return [_batch(row) for row in await self._database.page("batches", after=after, limit=limit, newest=True)]
+        rows = await self._database.page("batches", owners=owners, after=after, limit=limit, newest=True)
+        return [_batch(row) for row in rows]
 
     async def unfinished(self, model: str) -> list[BatchRecord]:
         """What is to be done for this model, the oldest first."""
         query = f"SELECT * FROM batches WHERE model = ? AND {IS_UNFINISHED} ORDER BY rowid"
         return [_batch(row) for row in await self._database.rows(query, (model,))]
 
+    async def sweep(self) -> None:
+        """Forgets what has had its time, and gives space back."""
+        await self.files.sweep()
+        if days := self.ledger.bounds.file_days:
+            query = f"DELETE FROM batches WHERE NOT {IS_UNFINISHED} AND json_extract(times, '$.' || status) <= ?"
+
+            async def forget() -> None:
+                await self._database.execute(query, (int(self._clock()) - days * _DAY,))
+
+            await self._database.surely(forget)
+        await self._database.shrink()
+        self.disk.restore()
+
+    # A batch's life
+
+    async def reading(self, batch_id: str) -> None:
+        """Its input begins to be read."""
+        async with self._database.change():
+            await self._database.execute("UPDATE batches SET readings = readings + 1 WHERE id = ?", (batch_id,))
+
+    async def read(self, batch_id: str, estimate: int) -> None:
+        """Its input has been read.
+
+        Args:
+            estimate: bytes that its answers are expected to take.
+        """
+        async with self._database.change():
+            await self._database.execute(
+                "UPDATE batches SET readings = 0, estimate = ? WHERE id = ?", (estimate, batch_id)
+            )
+
     async def accept(self, batch_id: str, requests: Sequence[RequestLine]) -> None:
         """The input file is good: its requests are to be done."""
         async with self._database.change():
-            await self._database.execute_many(
-                "INSERT INTO requests VALUES (?, ?, ?, ?, ?)",
-                [(batch_id, r.number, r.custom_id, r.offset, r.length) for r in requests],
-            )
+            await self.requests.enter(batch_id, requests)
             await self._database.execute("UPDATE batches SET total = ? WHERE id = ?", (len(requests), batch_id))
             await self._move(batch_id, "in_progress", ("validating",))
 
-    async def refuse(self, batch_id: str, problems: Sequence[Problem]) -> None:
-        """The input file is not good: the batch has failed."""
-        errors = orjson.dumps([problem.as_json() for problem in problems]).decode()
-        async with self._database.change():
-            await self._database.execute("UPDATE batches SET errors = ? WHERE id = ?", (errors, batch_id))
-            await self._move(batch_id, "failed", UNFINISHED)
-
-    async def cancel(self, batch_id: str) -> BatchRecord:
-        """Asks for a batch's end; asking again changes nothing.
+    async def cancel(self, batch_id: str, owners: Sequence[str] | None = None) -> BatchRecord:
+        """Asks for a batch's end; asking again changes nothing. Works on a full disk.
 
         Raises:
             ApiError: 404; there is none. 409; it has ended.
         """
-        batch = await self.batch(batch_id)
-        async with self._database.change():
-            await self._move(batch_id, "cancelling", ("validating", "in_progress"))
+        await self.batch(batch_id, owners)
+        await self._database.surely(lambda: self._move(batch_id, "cancelling", ("validating", "in_progress")))
         batch = await self.batch(batch_id)
         if batch.status not in ("cancelling", "cancelled"):
             raise ApiError(409, f"{batch_id} is {batch.status} and can no longer be cancelled")
@@ -144,76 +205,88 @@ class BatchStore:
         async with self._database.change():
             await self._move(batch_id, "finalizing", ("in_progress",))
 
-    async def finish(self, batch_id: str, final: Final) -> None:
-        """Writes a batch's files from its answers, and ends it; does nothing to one that has ended."""
+    async def finish(self, batch_id: str, final: Final, problems: Sequence[Problem] = ()) -> None:
+        """Writes a batch's files from its answers, and ends it; does nothing to one that has ended.
+
+        Args:
+            problems: why it has failed, or what it waited for until its window ended.
+
+        Raises:
+            DiskError: the files could not be written; nothing of them is there, and another call tries again.
+        """
         batch = await self.batch(batch_id)
         if batch.status not in UNFINISHED:
             return
-        output, errors = (
-            self.files.path(f"file-{batch_id.removeprefix('batch_')}-{kind}") for kind in ("output", "error")
-        )
-        why: Literal["cancelled", "expired"] = "cancelled" if final == "cancelled" else "expired"
-        with whole(output) as good, whole(errors) as bad:
-
-            def write(rows: Sequence[Any]) -> None:
-                for row in rows:
-                    number, name, status = row["number"], row["custom_id"], row["status"]
-                    if status is None:
-                        bad.write(unanswered_line(batch_id, number, name, why))
-                    else:
-                        (good if status == 200 else bad).write(answer_line(batch_id, number, name, status, row["body"]))
-
-            # In threads: the server has others to answer meanwhile, and a disk may take its time.
-            async for rows in self._answered(batch_id):
-                await asyncio.to_thread(write, rows)
-            for file in (good, bad):
-                file.flush()
-                await asyncio.to_thread(os.fsync, file.fileno())
+        with self.disk.errors():
+            paths = await self._write_files(batch, final, problems)
         now = int(self._clock())
-        expires = None if batch.output_seconds is None else now + batch.output_seconds
-        async with self._database.change():
-            for path, column in ((output, "output_file"), (errors, "error_file")):
-                if size := path.stat().st_size:
-                    name = f"{batch_id}_{column.removesuffix('_file')}.jsonl"
-                    await self.files.enter(FileRecord(path.name, "batch_output", name, size, now, expires))
-                    await self._database.execute(f"UPDATE batches SET {column} = ? WHERE id = ?", (path.name, batch_id))
-                else:
-                    path.unlink()
+        expires = self.ledger.bounds.expiry(now, batch.output_seconds)
+        written = [
+            (column, FileRecord(path.name, "batch_output", f"{batch_id}_{kind}.jsonl", size, now, expires, batch.owner))
+            for path, column, kind in zip(paths, ("output_file", "error_file"), ("output", "error"), strict=True)
+            if (size := path.stat().st_size)
+        ]
+        errors = orjson.dumps([problem.as_json() for problem in problems]).decode()
+
+        async def enter() -> None:
+            for column, file in written:
+                await self.files.enter(file)
+                await self._database.execute(f"UPDATE batches SET {column} = ? WHERE id = ?", (file.id, batch_id))
             # Requests without an answer have failed, too.
-            await self._database.execute("UPDATE batches SET failed = total - completed WHERE id = ?", (batch_id,))
+            await self._database.execute(
+                "UPDATE batches SET failed = total - completed, errors = ? WHERE id = ?", (errors, batch_id)
+            )
             await self._move(batch_id, final, UNFINISHED)
-            for table in ("requests", "answers"):
-                await self._database.execute(f"DELETE FROM {table} WHERE batch = ?", (batch_id,))
+            await self.requests.forget(batch_id)
 
-    # Requests
+        try:
+            await self._database.surely(enter)
+        except NoSpace:
+            # Nothing was entered, and the next try needs the space.
+            for path in paths:
+                path.unlink(missing_ok=True)
+            raise
+        for _, file in written:
+            self.ledger.enter(file.owner, file.size)
+        for path in paths:
+            if path.name not in {file.id for _, file in written}:
+                path.unlink(missing_ok=True)
 
-    async def waiting(self, batch_id: str, after: int, limit: int) -> list[RequestLine]:
-        """Requests without an answer that stand after line `after`."""
-        query = """SELECT number, custom_id, offset, length FROM requests AS r WHERE batch = ? AND number > ?
-            AND NOT EXISTS (SELECT 1 FROM answers AS a WHERE a.batch = r.batch AND a.number = r.number)
-            ORDER BY number LIMIT ?"""
-        return [RequestLine(*row) for row in await self._database.rows(query, (batch_id, after, limit))]
+    async def _write_files(self, batch: BatchRecord, final: Final, problems: Sequence[Problem]) -> tuple[Path, Path]:
+        """Its answers, and the requests without a good one. Each is there whole or not at all."""
+        output, errors = (
+            self.files.path(f"file-{batch.id.removeprefix('batch_')}-{kind}") for kind in ("output", "error")
+        )
+        # A completed batch has an answer to each request.
+        why = "expired" if final == "completed" else final
+        code, message = f"batch_{why}", _WHY.get(why) or problems[0].message
+        _, size = await self.requests.kept(batch.id)
+        self.disk.need(size)
+        try:
+            with whole(output) as good, whole(errors) as bad:
 
-    async def keep(self, batch_id: str, answers: Iterable[Answer]) -> None:
-        """Keeps answers; one for a request that has one is dropped."""
-        async with self._database.change():
-            for number, status, body in answers:
-                new = await self._database.execute(
-                    "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", (batch_id, number, status, body)
-                )
-                column = "completed" if status == 200 else "failed"
-                await self._database.execute(
-                    f"UPDATE batches SET {column} = {column} + ? WHERE id = ?", (new, batch_id)
-                )
+                def write(rows: Sequence[Any]) -> None:
+                    for row in rows:
+                        number, name, status = row["number"], row["custom_id"], row["status"]
+                        if status is None:
+                            bad.write(error_line(batch.id, number, name, code, message))
+                        elif status == NO_ANSWER:
+                            bad.write(error_line(batch.id, number, name, **orjson.loads(row["body"])))
+                        else:
+                            line = answer_line(batch.id, number, name, status, row["body"])
+                            (good if status == 200 else bad).write(line)
 
-    async def _answered(self, batch_id: str) -> AsyncIterator[Sequence[Any]]:
-        query = """SELECT r.number, r.custom_id, a.status, a.body FROM requests AS r LEFT JOIN answers AS a
-            ON a.batch = r.batch AND a.number = r.number
-            WHERE r.batch = ? AND r.number > ? ORDER BY r.number LIMIT ?"""
-        after = 0
-        while rows := await self._database.rows(query, (batch_id, after, _PAGE)):
-            yield rows
-            after = rows[-1]["number"]
+                # In threads: the server has others to answer meanwhile, and a disk may take its time.
+                async for rows in self.requests.answered(batch.id):
+                    await asyncio.to_thread(write, rows)
+                for file in (good, bad):
+                    file.flush()
+                    await asyncio.to_thread(os.fsync, file.fileno())
+        except BaseException:
+            for path in (output, errors):
+                path.unlink(missing_ok=True)
+            raise
+        return output, errors
 
     async def _move(self, batch_id: str, status: Status, out_of: Sequence[Status]) -> None:
         marks = ",".join("?" * len(out_of))
@@ -224,15 +297,20 @@ class BatchStore:
 
 
 @contextlib.asynccontextmanager
-async def open_store(folder: Path, *, clock: Callable[[], float] = time.time) -> AsyncIterator[BatchStore]:
+async def open_store(
+    folder: Path, *, bounds: Bounds | None = None, clock: Callable[[], float] = time.time
+) -> AsyncIterator[BatchStore]:
     """The store in a folder, made if need be and locked meanwhile.
 
     Args:
+        bounds: what the operator allows.
         clock: seconds since 1970.
 
     Raises:
         UsageError: the folder cannot be used, or another server uses it.
+        DiskError: it cannot be used as it stands, such as on a full disk.
     """
+    bounds = bounds or Bounds()
     async with AsyncExitStack() as stack:
         try:
             (folder / "files").mkdir(parents=True, exist_ok=True)
@@ -242,16 +320,49 @@ async def open_store(folder: Path, *, clock: Callable[[], float] = time.time) ->
             raise UsageError(f"--asyncep-batch-dir {folder}: another server uses it; give each its own") from None
         except OSError as error:
             raise UsageError(f"--asyncep-batch-dir {folder}: {error.strerror}; give a folder to write to") from error
-        database = Database(
-            await stack.enter_async_context(aiosqlite.connect(folder / "state.sqlite", isolation_level=None))
-        )
+        # What was cut short is in nobody's way, whatever state the rest is in.
+        for path in (folder / "files").glob("*.tmp"):
+            path.unlink(missing_ok=True)
+        disk = Disk(folder, bounds.free_bytes)
         try:
-            await database.prepare()
-        except aiosqlite.DatabaseError as error:
-            raise UsageError(f"--asyncep-batch-dir {folder}: state.sqlite: {error}; give another folder") from error
-        store = BatchStore(folder, database, clock)
+            database = await _database(stack, folder, disk)
+        except NoSpace:
+            disk.release()
+            database = await _database(stack, folder, disk)
+        ledger = Ledger.of(
+            bounds,
+            {
+                owner: (files, size)
+                for owner, files, size in await database.rows("SELECT owner, COUNT(*), SUM(size) FROM files GROUP BY 1")
+            },
+        )
+        store = BatchStore(folder, database, disk, ledger, clock)
         await store.files.tidy()
+        mark = folder / _IN_ORDER
+        await store.requests.read_marks(mark.exists())
+        if mark.exists():
+            # Before anything is sent: the next end may be another one.
+            mark.unlink()
+            synchronise(folder)
+        disk.restore()
         yield store
+
+
+_IN_ORDER = "in-order"
+
+
+def end_in_order(folder: Path) -> None:
+    """Notes that no request is under way and none will be begun: what is marked so is no suspect."""
+    with contextlib.suppress(OSError):
+        (folder / _IN_ORDER).touch()
+
+
+async def _database(stack: AsyncExitStack, folder: Path, disk: Disk) -> Database:
+    with disk.errors():
+        connection = await stack.enter_async_context(aiosqlite.connect(folder / "state.sqlite", isolation_level=None))
+    database = Database(connection, disk)
+    await database.prepare()
+    return database
 
 
 def _batch(row: Any) -> BatchRecord:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import os
 import shutil
@@ -16,10 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asyncep_router.keys import NOBODY, Caller
 from asyncep_sgl.batches import database as database_module
+from asyncep_sgl.batches.disk import Damaged
 from asyncep_sgl.batches.lines import RequestLine, answer_line, read_lines
 from asyncep_sgl.batches.mark import in_batch
-from asyncep_sgl.batches.records import ApiError, BatchRecord, read_order, window_seconds
+from asyncep_sgl.batches.records import ApiError, BatchRecord, FileRecord, read_order, window_seconds
 from asyncep_sgl.batches.runner import BatchRunner
 from asyncep_sgl.batches.store import BatchStore, open_store
 from asyncep_sgl.errors import UsageError
@@ -33,8 +34,14 @@ def content(rows: int, path: str = PATH) -> bytes:
     return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
 
 
+async def uploaded(store: BatchStore, data: bytes, caller: Caller = NOBODY, seconds: int | None = None) -> FileRecord:
+    async with await store.files.upload(caller) as upload:
+        await upload.write(data)
+        return await upload.keep("rows.jsonl", seconds)
+
+
 async def order(store: BatchStore, rows: int, window: str = "24h", model: str = MODEL) -> BatchRecord:
-    file = await store.files.add("batch", "rows.jsonl", io.BytesIO(content(rows)))
+    file = await uploaded(store, content(rows))
     asked = read_order({"input_file_id": file.id, "endpoint": PATH, "completion_window": window})
     return await store.add_batch(asked, model)
 
@@ -153,13 +160,15 @@ def test_answers_count_once(groups: list[list[int]], final: Any) -> None:
             for place, numbers in enumerate(groups):
                 # Closed and opened again between any two.
                 async with open_store(Path(folder)) as store:
-                    await store.keep(batch.id, [(n, 200, str(place).encode()) for n in numbers])
+                    await store.requests.keep(batch.id, [(n, 200, str(place).encode()) for n in numbers])
                     for number in numbers:
                         first.setdefault(number, place)
                     found = await store.batch(batch.id)
                     assert found.completed == len(first)
-                    waiting = await store.waiting(batch.id, 0, 100)
+                    await store.requests.release(batch.id)
+                    waiting = await store.requests.take(batch.id, 100)
                     assert {r.number for r in waiting} == set(range(1, 9)) - first.keys()
+                    await store.requests.release(batch.id)
             async with open_store(Path(folder)) as store:
                 for _ in range(2):  # the second as after a kill
                     await store.finish(batch.id, final)
@@ -273,7 +282,7 @@ def test_the_window_ends_and_files_expire(tmp_path: Path) -> None:
             runner.begin(batch)
             done = await ended(store, batch.id)
             assert (done.status, done.failed, done.times["expired"]) == ("expired", 3, 1005)
-            file = await store.files.add("batch", "x", io.BytesIO(b"x"), 3600)
+            file = await uploaded(store, b"x", seconds=3600)
             now += 3600
             with pytest.raises(ApiError, match="no file"):
                 await store.files.get(file.id)
@@ -291,7 +300,7 @@ def test_a_folder_has_one_server(tmp_path: Path) -> None:
                 async with open_store(tmp_path):
                     pass
         (tmp_path / "state.sqlite").write_bytes(b"this is no database, and long enough to be seen as none" * 40)
-        with pytest.raises(UsageError, match="--asyncep-batch-dir"):
+        with pytest.raises(Damaged, match=r"state\.sqlite in the server's --asyncep-batch-dir is damaged"):
             async with open_store(tmp_path):
                 pass
 
