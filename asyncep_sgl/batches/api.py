@@ -70,7 +70,6 @@ class BatchApi:
             transport=httpx.ASGITransport(app=app, raise_app_exceptions=False),
             base_url="http://batch",
             timeout=None,
-            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
         )
 
     def routes(self) -> list[Route]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,8 @@ from router_http.harness import NullWorker, RouterProcess
 def null_worker() -> Iterator[Callable[..., NullWorker]]:
     started: list[NullWorker] = []
 
-    def start(ranks: int = 1, port: int = 0, chunk: int = 8192) -> NullWorker:
-        started.append(NullWorker(ranks, port, chunk))
+    def start(ranks: int = 1, port: int = 0, chunk: int = 8192, flags: str = "") -> NullWorker:
+        started.append(NullWorker(ranks, port, chunk, flags))
         return started[-1]
 
     yield start
@@ -27,8 +27,9 @@ def null_worker() -> Iterator[Callable[..., NullWorker]]:
 def router(tmp_path: Path) -> Iterator[Callable[..., RouterProcess]]:
     started: list[RouterProcess] = []
 
-    def start(*workers: str, flags: str = "") -> RouterProcess:
-        started.append(RouterProcess(*workers, flags=flags, log=tmp_path / f"router{len(started)}.log"))
+    def start(*workers: str, flags: str = "", environment: Mapping[str, str] | None = None) -> RouterProcess:
+        log = tmp_path / f"router{len(started)}.log"
+        started.append(RouterProcess(*workers, flags=flags, log=log, environment=environment))
         return started[-1]
 
     yield start

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,10 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = WAIT_SEC
 class NullWorker:
     """A null worker's process."""
 
-    def __init__(self, ranks: int = 1, port: int = 0, chunk: int = 8192) -> None:
-        command = [sys.executable, str(HERE / "null_worker.py"), "--dp-size", str(ranks), "--port", str(port)]
-        self.process = subprocess.Popen(
-            [*command, "--chunk", str(chunk)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+    def __init__(self, ranks: int = 1, port: int = 0, chunk: int = 8192, flags: str = "") -> None:
+        command = [sys.executable, str(HERE / "null_worker.py"), "--dp-size", str(ranks)]
+        command += ["--port", str(port or free_port()), "--chunk", str(chunk), *flags.split()]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self.process.stdout is not None
         self.port = int(self.process.stdout.readline())
         self.url = f"http://127.0.0.1:{self.port}"
@@ -64,7 +64,9 @@ class NullWorker:
 class RouterProcess:
     """`launch_router` as users start it."""
 
-    def __init__(self, *workers: str, flags: str = "", log: Path) -> None:
+    def __init__(self, *workers: str, flags: str = "", log: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.key: str | None = None
+        """What the harness itself shows to the router."""
         self.port, self.metrics_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
@@ -72,7 +74,9 @@ class RouterProcess:
         command += ["--port", str(self.port), "--prometheus-port", str(self.metrics_port)]
         command += ["--worker-urls", *workers, *flags.split()]
         with log.open("wb") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
+            )
 
     def listening(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()[-3000:]
@@ -94,8 +98,12 @@ class RouterProcess:
         return next(worker for worker in self.state()["workers"] if worker["url"] == url)
 
     def state(self) -> dict[str, Any]:
-        found: dict[str, Any] = httpx.get(self.url + "/router/state", timeout=30).json()
+        found: dict[str, Any] = self.get("/router/state").json()
         return found
+
+    def get(self, path: str, key: str | None = None) -> httpx.Response:
+        key = key or self.key
+        return httpx.get(self.url + path, timeout=30, headers={"Authorization": f"Bearer {key}"} if key else {})
 
     def metrics(self) -> dict[str, float]:
         text = httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=30).text

@@ -2,8 +2,13 @@
 
 Run as a process; prints its port. What it does is changed over HTTP:
 `POST /null/close` parks requests, `/null/open` releases them; `POST /null/mode` with `ok`, `hang` (answers
-nothing at all any more, keeps connections open) or a status to answer with; `GET /null` counts.
+nothing at all any more, keeps connections open), `deaf` (serves, but answers no question about itself) or a status to
+answer with; `GET /null` counts.
 The answer to a prompt carries the sum of its token ids, so that a mixed-up answer is found out.
+A prompt that begins with `POISON` plus a status is answered with that status by every worker; `POISON` alone breaks
+the connection, `POISON` + 1 is never answered, `POISON` + 2 is a 500 of a request in quarantine. `WEAK` is a 500 from
+a worker started with `--weak` only. Questions of the router's own are counted apart (`questions`).
+With `--api-key` it wants that key, as a server does. The keys that came with requests are kept (`keys` in counts).
 """
 
 from __future__ import annotations
@@ -16,24 +21,30 @@ from typing import Any
 import orjson
 import uvloop
 
+POISON = 10**6
+WEAK = 2 * 10**6
+
 
 class State:
     """What all connections share."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.mode = "ok"
+        self.mode = options.mode
         self.open = asyncio.Event()
         self.open.set()
         self.parked = 0
         self.seen = 0
+        self.questions = 0
         self.prompts = 0
         self.answered = 0
         self.aborted = 0
         self.by_rank: dict[str, int] = {}
+        self.keys: dict[str, int] = {}
+        self.headers: list[str] = []
 
     def counts(self) -> dict[str, Any]:
-        names = ("parked", "seen", "prompts", "answered", "aborted", "by_rank")
+        names = ("parked", "seen", "questions", "prompts", "answered", "aborted", "by_rank", "keys", "headers")
         return {name: getattr(self, name) for name in names}
 
 
@@ -73,7 +84,7 @@ class Connection(asyncio.Protocol):
                 body = dechunk(bytes(self.buffer[end + 4 :]))
                 self.buffer.clear()
                 method, path, _ = head.split(b"\r\n", 1)[0].decode().split(" ", 2)
-                self.receive(method, path, body)
+                self.receive(method, path, body, head)
             return
         at = head.lower().find(b"content-length:")
         length = int(head[at + 15 :].split(b"\r\n", 1)[0]) if at >= 0 else 0
@@ -86,16 +97,30 @@ class Connection(asyncio.Protocol):
             self.transport.close()
             return
         method, path, _ = line
-        self.receive(method, path, body)
+        self.receive(method, path, body, head)
 
-    def receive(self, method: str, path: str, body: bytes) -> None:
+    def receive(self, method: str, path: str, body: bytes, head: bytes) -> None:
         state = self.state
         if path.startswith("/null"):
             self.answer(200, self.control(path, body))
-        elif state.mode == "hang":
             return
+        names = dict(part.split(": ", 1) for part in head.decode("latin-1").split("\r\n")[1:])
+        fields = {name.lower(): value for name, value in names.items()}
+        key = fields.get("authorization", "").removeprefix("Bearer ")
+        state.keys[key] = state.keys.get(key, 0) + 1
+        state.headers = sorted(fields)
+        wanted = state.options.api_key
+        if state.mode == "hang" or (state.mode == "deaf" and method == "GET"):
+            return
+        if state.mode == "deaf_info" and path.endswith("server_info"):
+            return
+        if wanted and key != wanted and path != "/health":
+            self.answer(401, b'{"error":{"message":"no"}}')
         elif method == "POST" and path in ("/generate", "/v1/score", "/v1/completions", "/v1/embeddings"):
-            state.seen += 1
+            if fields.get("x-request-id") == "asyncep-router-question":
+                state.questions += 1
+            else:
+                state.seen += 1
             if state.open.is_set():
                 self.infer(path, body)
             else:
@@ -118,7 +143,15 @@ class Connection(asyncio.Protocol):
         if path in ("/model_info", "/get_model_info"):
             return {"model_path": options.model_path, "served_model_name": "null", "is_generation": True}
         if path in ("/server_info", "/get_server_info"):
-            return {"dp_size": options.dp_size, "chunked_prefill_size": options.chunk, "version": "null"}
+            return {
+                "dp_size": options.dp_size,
+                "chunked_prefill_size": options.chunk,
+                "version": "null",
+                "api_key": options.api_key or "an-unused-key",
+                "admin_api_key": "the-admin-key",
+                "tokenizer_path": "/srv/models/null",
+                "launch": {"command": f"serve --api-key {options.api_key}", "hf_token": "hf_abc"},
+            }
         return {}
 
     async def park(self, path: str, body: bytes) -> None:
@@ -132,9 +165,27 @@ class Connection(asyncio.Protocol):
             self.state.parked -= 1
         self.infer(path, body)
 
+    def poisoned(self, body: bytes) -> bool:
+        """Whether it is a prompt that harms, which is then dealt with."""
+        found = orjson.loads(body).get("input_ids") or [0]
+        first = found[0][0] if isinstance(found[0], list) else found[0]
+        if first == WEAK and self.state.options.weak:
+            first = POISON + 500
+        if not POISON <= first < POISON + 600:
+            return False
+        if first == POISON:
+            self.transport.abort()
+        elif first == POISON + 2:
+            self.answer(500, b'{"error":{"message":"this request is quarantined"}}')
+        elif first != POISON + 1:
+            self.answer(first - POISON, b'{"error":{"message":"poison"}}')
+        return True
+
     def infer(self, path: str, body: bytes) -> None:
         state = self.state
         state.answered += 1
+        if not state.options.blind and self.poisoned(body):
+            return
         if state.mode.isdigit():
             self.answer(int(state.mode), b'{"error":{"message":"as told"}}')
         elif state.options.blind:
@@ -174,6 +225,9 @@ async def main() -> None:
     parser.add_argument("--dp-size", type=int, default=1)
     parser.add_argument("--chunk", type=int, default=8192)
     parser.add_argument("--model-path", default="/nowhere")
+    parser.add_argument("--api-key")
+    parser.add_argument("--mode", default="ok")
+    parser.add_argument("--weak", action="store_true", help="fails at WEAK")
     parser.add_argument("--blind", action="store_true", help="answer without reading")
     state = State(parser.parse_args())
     loop = asyncio.get_running_loop()

@@ -96,14 +96,23 @@ def test_worker_answering_500(null_worker: Workers, router: Routers) -> None:
 
 def test_only_failing_workers_are_an_error_with_a_reason(null_worker: Workers, router: Routers) -> None:
     bad = null_worker()
-    process = router(bad.url, flags="--retry-max-backoff-ms 10 --cb-failure-threshold 20").ready(1)
+    process = router(bad.url, flags="--retry-max-backoff-ms 10 --cb-failure-threshold 1").ready(1)
+    bad.tell("close")
     bad.tell("mode", "503")
-    answer = process.post("/generate", {"input_ids": [1]})
-    assert (answer.status_code, bad.counts["seen"]) == (503, 6)  # the worker's own words, after six attempts
-    assert answer.json() == {"error": {"message": "as told"}}
-    for _ in range(5):
-        answer = process.post("/generate", {"input_ids": [1]})
-    assert answer.json()["error"]["code"] == "no_available_workers"
+    with ThreadPoolExecutor(1) as threads:
+        future = threads.submit(process.post, "/generate", {"input_ids": [1]})
+        wait_for(lambda: bad.counts["parked"] == 1, "under way")
+        bad.tell("open")
+        answer = future.result()
+    # The worker's own words. It fails the router's question too, so the circuit opens before all attempts are used.
+    assert answer.status_code == 503
+    assert 1 <= bad.counts["seen"] <= 6
+
+    def refused() -> bool:
+        error: dict[str, str] = process.post("/generate", {"input_ids": [1]}).json()["error"]
+        return error.get("code") == "no_available_workers"
+
+    wait_for(refused, "circuit open")
 
 
 def test_workers_come_and_go_while_serving(null_worker: Workers, router: Routers) -> None:

@@ -21,11 +21,14 @@ from asyncep_router.http.flags import FOREIGN, Support, parse
 from asyncep_router.http.generate import GenerateBatch, plan_generate
 from asyncep_router.http.options import RouterOptions
 from asyncep_router.http.plans import Plan, bytes_prompt, cached_tokens
+from asyncep_router.http.plans import parse as parse_body
 from asyncep_router.http.probe import read
 from asyncep_router.http.request_ids import request_id
 from asyncep_router.http.retry import RetryPolicy
 from asyncep_router.http.score import Score, plan_score, score_row
-from asyncep_router.http.tokenizer import Tokenizer
+from asyncep_router.http.tokenizer import LocalTokenizer, TokenizeError, Tokenizer, WorkerTokenizer
+from asyncep_router.http.upstream import make_session
+from asyncep_router.http.worker import Worker
 from asyncep_router.launch_server import parse as parse_launch
 
 # Breaker
@@ -160,11 +163,10 @@ def test_defaults_are_sglang_routers() -> None:
         "balance_abs_threshold": 64,
         "balance_rel_threshold": 1.5,
         "max_tree_size": 67108864,
-        "max_payload_size": 536870912,
         "worker_startup_timeout_secs": 1800,
         "worker_startup_check_interval": 30,
         "prometheus_port": 29000,
-        "prometheus_host": "0.0.0.0",
+        "metrics_host": "0.0.0.0",
         "request_timeout_secs": 1800,
         "shutdown_grace_period_secs": 180,
         "max_concurrent_requests": -1,
@@ -265,6 +267,14 @@ def test_cached_tokens_cannot_be_imitated() -> None:
     assert cached_tokens(orjson.dumps({"text": text})) is None
 
 
+@given(st.text(max_size=300))
+def test_request_ids_fit_headers_and_logs(given_id: str) -> None:
+    found = request_id({"x-request-id": given_id}, "/generate")
+    assert found.isascii()
+    assert found.isprintable()
+    assert 0 < len(found) <= 256
+
+
 def test_request_ids() -> None:
     assert request_id({"x-request-id": "a"}, "/generate") == "a"
     assert request_id({"x-request-id": "a", "x-mine": "b"}, "/generate", ("x-mine",)) == "b"
@@ -283,11 +293,11 @@ def test_bytes_that_begin_alike_match_alike(start: bytes, one: bytes, other: byt
 
 
 def generate(raw: bytes, tokenizer: Tokenizer | None) -> Plan:
-    return asyncio.run(plan_generate(raw, tokenizer))
+    return asyncio.run(plan_generate(raw, parse_body(raw), tokenizer))
 
 
 def score(raw: bytes, tokenizer: Tokenizer | None, *, plain: bool) -> Plan:
-    return asyncio.run(plan_score(raw, tokenizer, plain=plain))
+    return asyncio.run(plan_score(raw, parse_body(raw), tokenizer, plain=plain))
 
 
 class Words:
@@ -394,6 +404,62 @@ def test_unusual_scores_are_forwarded(change: dict[str, object]) -> None:
     plan = score(raw, Words(), plain=True)
     assert not plan.joined
     assert plan.body((0,), 1) == raw  # /v1/score has no field for a rank
+
+
+def test_a_small_body_cannot_ask_for_very_much() -> None:
+    """The query stands before every item: a body of a megabyte must not become gigabytes here."""
+    small = {"query": "q" * 1_000_000, "items": ["a"] * 15, "label_token_ids": [1]}
+    assert score(orjson.dumps(small), Words(), plain=True).joined
+    for change in (
+        {"items": ["a"] * 16_000},
+        {"query": "", "items": ["a"] * 10_000, "label_token_ids": list(range(2000))},
+        {"query": [1] * 20_000, "items": [[1]] * 1000},
+    ):
+        raw = orjson.dumps({**small, **change})
+        plan = score(raw, Words(), plain=True)
+        assert not plan.joined
+        assert plan.body((0,), None) == raw
+
+
+def test_long_texts_take_turns_and_too_long_ones_are_left_to_workers() -> None:
+    sizes: list[int] = []
+
+    def encode(text: str) -> list[int]:
+        sizes.append(len(text))
+        return [len(text)]
+
+    tokenizer = LocalTokenizer(encode, 1000)
+    texts = ["a" * (1000 + number) for number in range(500)]
+    found = asyncio.run(tokenizer.encode(texts))
+    assert [list(ids) for ids in found] == [[len(text)] for text in texts]
+    sizes.clear()
+    with pytest.raises(TokenizeError):
+        asyncio.run(tokenizer.encode(["a", "b" * 1_000_001]))
+    assert not sizes
+
+
+def test_a_worker_that_does_not_tokenize_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asyncep_router.http.tokenizer._SECONDS", 0.2)
+    connections = 0
+
+    async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        await reader.read()
+        writer.close()
+
+    async def run() -> None:
+        server = await asyncio.start_server(mute, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        worker = Worker(f"http://127.0.0.1:{port}", Breaker(BreakerSettings()))
+        async with server, make_session() as session:
+            tokenizer = WorkerTokenizer(session, worker, list)
+            for _ in range(5):
+                with pytest.raises(TokenizeError):
+                    await tokenizer.encode(["text"])
+
+    asyncio.run(run())
+    assert connections == 1
 
 
 @given(st.lists(st.floats(-50, 0), min_size=1, max_size=6), st.floats(0.01, 10))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from http import HTTPStatus
 
 from asyncep_router.errors import RouterError
+from asyncep_router.http.judgement import Outcome
 
 
 class Refusal(RouterError):
@@ -37,11 +39,62 @@ class Unauthorized(Refusal):
     code = "unauthorized"
 
 
+class Forbidden(Refusal):
+    """Who asks is known, or needs not be, and may not do this."""
+
+    status = HTTPStatus.FORBIDDEN
+    code = "forbidden"
+
+
 class NotFound(Refusal):
     """No such endpoint or worker."""
 
     status = HTTPStatus.NOT_FOUND
     code = "not_found"
+
+
+class WrongMethod(Refusal):
+    """The endpoint exists, but not with this method. `allowed`: the methods that it has."""
+
+    status = HTTPStatus.METHOD_NOT_ALLOWED
+    code = "method_not_allowed"
+
+    def __init__(self, message: str, allowed: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.allowed = allowed
+
+
+class ExpectationFailed(Refusal):
+    """The header `Expect` asks for something other than `100-continue`."""
+
+    status = HTTPStatus.EXPECTATION_FAILED
+    code = "expectation_failed"
+
+
+class SlowBody(Refusal):
+    """The body did not arrive within `--body-timeout-secs`."""
+
+    status = HTTPStatus.REQUEST_TIMEOUT
+    code = "body_timeout"
+
+
+class TooManyBodies(Refusal):
+    """The bodies of the requests that are being received and served fill `--max-held-bytes`."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    code = "too_many_bodies"
+    retry_after = 1
+
+
+class RateLimited(Refusal):
+    """The key's own rate, `prompts_per_second` in the key file, is used up."""
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    code = "rate_limited"
+
+    def __init__(self, message: str, seconds: float) -> None:
+        super().__init__(message)
+        self.retry_after = math.ceil(seconds)
 
 
 class Conflict(Refusal):
@@ -89,11 +142,19 @@ class ShuttingDown(Refusal):
     retry_after = 5
 
 
+class ClientGone(RouterError):
+    """The client left, or takes nothing of its answer. There is nobody to tell."""
+
+
 class WorkerUnreachable(Refusal):
     """The connection to the worker failed or broke before its answer was complete."""
 
     status = HTTPStatus.BAD_GATEWAY
     code = "worker_unreachable"
+
+    def __init__(self, message: str, outcome: Outcome = Outcome.DROPPED) -> None:
+        super().__init__(message)
+        self.outcome = outcome
 
 
 class WorkerTimeout(Refusal):
@@ -101,6 +162,7 @@ class WorkerTimeout(Refusal):
 
     status = HTTPStatus.GATEWAY_TIMEOUT
     code = "worker_timeout"
+    outcome = Outcome.TIMED_OUT
 
 
 class StreamBroken(Refusal):

@@ -12,6 +12,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from asyncep_router.errors import ConfigError
 from asyncep_router.http.options import RouterOptions
+from asyncep_router.keys import key_from
 
 logger = logging.getLogger("asyncep_router")
 
@@ -41,7 +42,9 @@ _PREFILL_ONLY = "there is one kind of worker here: prefill is all there is"
 _PARSERS = "the workers parse answers themselves; start them with this flag"
 _HISTORY = "no conversations are kept here"
 _DISCOVERY = "no Kubernetes discovery; add workers with POST /workers"
-_CONTROL_PLANE = "one key guards all endpoints: --api-key; leaving this out in silence would leave a door open"
+_CONTROL_PLANE = (
+    "keys are given by --api-key, --admin-api-key and --api-key-file; ignoring this would leave a door open"
+)
 _OUTGOING_TLS = "TLS towards workers uses the system's certificates only"
 _TOKENIZER_CACHE = "every prompt is tokenized once, nothing is cached"
 _TRACING = "no traces are sent; --log-decisions and /metrics show every decision"
@@ -155,6 +158,10 @@ def read_flags(namespace: argparse.Namespace, prefix: str = "", **settings: Any)
     given: dict[str, Any] = {}
     for setting in fields(RouterOptions):
         value = getattr(namespace, _dest(setting.name), None)
+        variable = setting.metadata.get("variable")
+        # A key that stands in for the flag, such as the servers' in launch_server, comes before the environment's.
+        if variable is not None and (value is not None or not settings.get(setting.name)):
+            value = key_from(value, variable)
         if value is not None and value is not False:
             given[setting.name] = tuple(value) if isinstance(value, list) else value
     policy = given.get("policy")
@@ -168,6 +175,12 @@ def parse(arguments: Sequence[str], prog: str = "asyncep_router.launch_router") 
     parser = argparse.ArgumentParser(prog=prog, description="Prefix-aware router in front of SGLang servers.")
     add_flags(parser)
     return read_flags(parser.parse_args(arguments))
+
+
+def key_flags(prefix: str = "") -> list[str]:
+    """The flags whose values are keys."""
+    named = (setting.name for setting in fields(RouterOptions) if "variable" in setting.metadata)
+    return [f"--{prefix}{name.replace('_', '-')}" for name in named]
 
 
 def _dest(name: str) -> str:

@@ -14,8 +14,9 @@ from asyncep_router.errors import ConfigError
 from asyncep_router.http.breaker import Breaker, BreakerState
 from asyncep_router.http.errors import Conflict, NotFound, NoWorker
 from asyncep_router.http.model import DEFAULT_THRESHOLD_TOKENS
-from asyncep_router.http.probe import ProbeError, ask, discover
+from asyncep_router.http.probe import Answer, ProbeError, ask, discover, prove, question
 from asyncep_router.http.worker import Phase, Worker, WorkerInfo
+from asyncep_router.http.worker_urls import normalize, worker_key
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -31,6 +32,10 @@ logger = logging.getLogger("asyncep_router")
 # A worker that just failed is looked at again after this many seconds, then in growing intervals.
 _FIRST_LOOK = 0.2
 _LOOK_GROWTH = 1.5
+# A worker is asked a question of the router's own at most every so many seconds, and may take so many to answer it: a
+# request's time, but neither so little that a moment in which this process stands still counts, nor for ever.
+_QUESTION_PAUSE = 0.5
+_QUESTION_SECONDS = (10.0, 30.0)
 
 
 class Fleet:
@@ -51,6 +56,7 @@ class Fleet:
         self._learn = learn
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._removals: set[asyncio.Task[None]] = set()
+        self._questions: dict[str, asyncio.Task[None]] = {}
         self.workers: dict[str, Worker] = {}
         self.by_rank: dict[int, tuple[Worker, int]] = {}
         """(worker, its data-parallel rank) for each of the placement's ranks."""
@@ -58,12 +64,21 @@ class Fleet:
 
     # Adding and removing
 
-    def add(self, url: str, api_key: str | None = None, labels: dict[str, str] | None = None) -> Worker:
-        """Take in a worker; it serves once it answers. Raises `Conflict`, `ConfigError` (not a URL)."""
+    def add(
+        self, url: str, api_key: str | None = None, labels: dict[str, str] | None = None, *, named: bool = False
+    ) -> Worker:
+        """Take in a worker; it serves once it answers. Raises `Conflict`, `ConfigError` (not a URL, not a key).
+
+        Without a key of its own it gets the router's key for workers only if the operator meant that: it is `named`
+        on the command line, or its URL is in `--trusted-worker-urls`.
+        """
         url = normalize(url)
         if any(worker.url == url for worker in self.workers.values()):
             raise Conflict(f"{url} is a worker already")
-        worker = Worker(url, Breaker(self._options.breaker_settings), api_key or self._options.api_key, labels or {})
+        key, admin_key = worker_key(api_key), None
+        if key is None and (named or url in self._options.trusted_urls):
+            key, admin_key = self._options.key_for_workers, self._options.worker_admin_api_key
+        worker = Worker(url, Breaker(self._options.breaker_settings), key, admin_key, labels or {})
         self.workers[worker.id] = worker
         self._tasks[worker.id] = asyncio.create_task(self._watch(worker), name=f"watch {url}")
         self._refuse_if_hopeless()
@@ -96,7 +111,7 @@ class Fleet:
 
     async def close(self) -> None:
         """Stop watching. Nothing is in flight any more."""
-        tasks = [*self._tasks.values(), *self._removals]
+        tasks = [*self._tasks.values(), *self._removals, *self._questions.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -123,21 +138,68 @@ class Fleet:
         if worker.breaker.consecutive_failures or worker.breaker.state is not BreakerState.CLOSED:
             self._record(worker, True)
 
-    def failed(self, worker: Worker, error: str) -> None:
-        """It answered with an error of its own, or not in time."""
-        worker.last_error = error
+    def failed(self, ident: str, error: str = "") -> None:
+        """A worker, by id, failed where another one did not."""
+        worker = self.workers.get(ident)
+        if worker is None:
+            return
+        worker.last_error = error or worker.last_error
+        if worker.phase is Phase.SUSPECT and worker.outage_booked:
+            return
+        worker.outage_booked = worker.phase is Phase.SUSPECT
         self._metrics.worker_errors.labels(worker.url, "fault").inc()
         self._record(worker, False)
 
-    def unreachable(self, worker: Worker, error: str) -> None:
-        """A connection to it failed. It gets no more requests until it answers a check, which is made at once."""
+    def unconnected(self, worker: Worker, error: str) -> None:
+        """It cannot be connected to. It gets no more requests until it answers a check, which is made at once."""
         worker.last_error = error
         self._metrics.worker_errors.labels(worker.url, "connection").inc()
+        self._suspect(worker)
+
+    def dropped(self, worker: Worker, error: str) -> None:
+        """It broke a connection with a request on it: a check made at once tells whether it is gone. Until then it
+        keeps serving others, since the request may be what broke the connection."""
+        worker.last_error = error
+        self._metrics.worker_errors.labels(worker.url, "dropped").inc()
+        worker.check_now.set()
+
+    def question(self, ident: str, error: str = "") -> None:
+        """Nobody else can tell whether a failure was a worker's fault or the request's, so ask the worker."""
+        worker = self.workers.get(ident)
+        if worker is None:
+            return
+        worker.last_error = error or worker.last_error
+        now = self._desk.now()
+        if ident in self._questions or worker.info is None or now < worker.questioned_at + _QUESTION_PAUSE:
+            return
+        worker.questioned_at = now
+        task = asyncio.create_task(self._question(worker, worker.info), name=f"question {worker.url}")
+        self._questions[ident] = task
+        task.add_done_callback(lambda _: self._questions.pop(ident, None))
+
+    async def _question(self, worker: Worker, info: WorkerInfo) -> None:
+        started = self._desk.now()
+        least, most = _QUESTION_SECONDS
+        limit = min(most, max(least, self._options.request_timeout_secs))
+        answer = await question(self._session, worker, info.generates, limit)
+        if worker.id not in self.workers or worker.phase is Phase.DRAINING:
+            return
+        if answer is Answer.SILENCE and worker.heard_at >= started:
+            return  # it waits behind other work, which makes progress
+        if answer is Answer.WORKS:
+            # It makes no failure undone, so that a worker whose own answers fail elsewhere is still found.
+            if worker.breaker.state is BreakerState.HALF_OPEN:
+                self._record(worker, True)
+        elif answer is not Answer.UNCLEAR:
+            self._metrics.worker_errors.labels(worker.url, "question").inc()
+            self._record(worker, False)
+
+    def _suspect(self, worker: Worker) -> None:
         if worker.phase is Phase.READY:
-            logger.warning("worker %s: %s; checking", worker.url, error)
+            logger.warning("worker %s: %s; checking", worker.url, worker.last_error)
             worker.phase = Phase.SUSPECT
-            worker.check_now.set()
-        self._record(worker, False)
+            self._update(worker)
+        worker.check_now.set()
 
     def _record(self, worker: Worker, success: bool) -> None:
         before = worker.breaker.state
@@ -185,28 +247,21 @@ class Fleet:
     async def _look(self, worker: Worker) -> bool:
         """One check, with its consequences."""
         options = self._options
+        started = self._desk.now()
         try:
             seconds = options.health_check_timeout_secs
-            status, _ = await ask(self._session, worker.url, options.health_check_endpoint, worker.api_key, seconds)
+            if not worker.proven:
+                await prove(self._session, worker.url, options.health_check_endpoint, seconds)
+                worker.proven = True
+            status, _ = await ask(self._session, worker.url, options.health_check_endpoint, worker.headers(), seconds)
             if status != 200:
                 raise ProbeError(f"{options.health_check_endpoint}: status {status}")
             if worker.phase is not Phase.READY and (worker.info is None or worker.died):
-                info = await discover(self._session, worker.url, worker.api_key, seconds)
+                info = await discover(self._session, worker.url, worker.headers(), seconds)
                 await self._learn(worker, info)
                 await self._join(worker, info)
         except (ProbeError, ConfigError) as error:
-            self._metrics.health_checks.labels(worker.url, "failure").inc()
-            worker.last_error = str(error)
-            worker.successes = 0
-            worker.failures += 1
-            # Refused or reset, as opposed to slow: the process is gone, and its cache with it.
-            worker.died = worker.died or not isinstance(error.__cause__, TimeoutError)
-            if worker.failures >= options.health_failure_threshold and worker.phase in (Phase.READY, Phase.SUSPECT):
-                logger.warning("worker %s is unhealthy: %s", worker.url, error)
-                worker.phase = Phase.UNHEALTHY
-                worker.let_go()
-                self._update(worker)
-            return False
+            return self._looked_bad(worker, error, started)
         self._metrics.health_checks.labels(worker.url, "success").inc()
         worker.failures = 0
         worker.successes += 1
@@ -214,8 +269,33 @@ class Fleet:
         if worker.phase is not Phase.READY and enough:
             logger.info("worker %s is ready: %d ranks", worker.url, len(worker.ranks))
             worker.phase = Phase.READY
+            worker.outage_booked = False
             self._update(worker)
         return True
+
+    def _looked_bad(self, worker: Worker, error: ProbeError | ConfigError, started: float) -> bool:
+        """A check that began at `started` failed; whether the worker counts as healthy all the same."""
+        options = self._options
+        slow = isinstance(error, ProbeError) and error.slow
+        if slow and worker.phase is Phase.READY and worker.heard_at >= started - options.health_check_timeout_secs:
+            # The check queues behind work, and answers to that work come.
+            self._metrics.health_checks.labels(worker.url, "busy").inc()
+            return True
+        self._metrics.health_checks.labels(worker.url, "failure").inc()
+        worker.last_error = str(error)
+        worker.successes = 0
+        worker.failures += 1
+        if isinstance(error, ProbeError) and error.gone:
+            # The process is gone, and its cache with it; what listens there next has to prove itself.
+            worker.died = True
+            worker.proven = False
+            self._suspect(worker)
+        if worker.failures >= options.health_failure_threshold and worker.phase in (Phase.READY, Phase.SUSPECT):
+            logger.warning("worker %s is unhealthy: %s", worker.url, error)
+            worker.phase = Phase.UNHEALTHY
+            worker.let_go()
+            self._update(worker)
+        return False
 
     async def _join(self, worker: Worker, info: WorkerInfo) -> None:
         if worker.ranks:  # it comes back from death
@@ -264,13 +344,3 @@ class Fleet:
         else:
             reason = "the circuits of all workers are open" if staying else "there are no workers"
             self._desk.refuse(NoWorker(reason))
-
-
-def normalize(url: str) -> str:
-    """The form in which workers are compared. Raises `ConfigError`."""
-    url = url.strip().rstrip("/")
-    if "://" not in url:
-        url = f"http://{url}"
-    if not url.startswith(("http://", "https://")) or not url.split("://", 1)[1]:
-        raise ConfigError(f"worker URL {url!r}: must be http://HOST:PORT")
-    return url

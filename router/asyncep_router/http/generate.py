@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from asyncep_router.http.plans import Forward, Plan, Prompt, as_prompt, bytes_prompt, common, encode, parse
+from asyncep_router.http.plans import Forward, Plan, Prompt, as_prompt, bytes_prompt, common, encode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,9 +25,8 @@ _PROMPTS = frozenset({"input_ids", "text"})
 _BEYOND_TEXT = ("input_embeds", "image_data", "video_data", "audio_data", "session_params")
 
 
-async def plan_generate(raw: bytes, tokenizer: Tokenizer | None) -> Plan:
-    """The plan for a body. What is not understood is forwarded, and the worker says what is wrong with it."""
-    fields = parse(raw)
+async def plan_generate(raw: bytes, fields: dict[str, Any], tokenizer: Tokenizer | None) -> Plan:
+    """The plan for a body, parsed into `fields`. What is not understood is forwarded: the worker says what is wrong."""
     ids, text = fields.get("input_ids"), fields.get("text")
     if ids is not None and text is None:
         single = as_prompt(ids, _logits(fields, len(ids))) if isinstance(ids, list) else None

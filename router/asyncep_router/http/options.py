@@ -13,12 +13,26 @@ from asyncep_router.config import Limits
 from asyncep_router.errors import ConfigError
 from asyncep_router.http.breaker import BreakerSettings
 from asyncep_router.http.retry import RetryPolicy
+from asyncep_router.http.worker_urls import normalize, worker_key
+from asyncep_router.keys import Keys
 
 POLICIES = ("asyncep", "cache_aware", "round_robin", "random", "power_of_two")
 
 
+KEY_VARIABLE = "ASYNCEP_ROUTER_API_KEY"
+ADMIN_KEY_VARIABLE = "ASYNCEP_ROUTER_ADMIN_API_KEY"
+WORKER_ADMIN_KEY_VARIABLE = "ASYNCEP_ROUTER_WORKER_ADMIN_API_KEY"
+WORKER_KEY_VARIABLE = "ASYNCEP_ROUTER_WORKER_API_KEY"
+
+
 def _flag(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": text, "choices": choices})
+
+
+def _key(variable: str, text: str) -> Any:
+    """Not shown when printed. `variable`: of the environment, asked where the flag is silent."""
+    text = f"{text}; @FILE: its first line is the key ({variable})"
+    return field(default=None, repr=False, metadata={"help": text, "choices": None, "variable": variable})
 
 
 @dataclass(frozen=True)
@@ -33,13 +47,15 @@ class RouterOptions:
     balance_abs_threshold: int = _flag(64, "cache_aware: requests of imbalance that are tolerated")
     balance_rel_threshold: float = _flag(1.5, "cache_aware: ratio of imbalance that is tolerated")
     max_tree_size: int = _flag(67108864, "tokens of the view of the ranks' caches, all ranks together")
-    max_payload_size: int = _flag(536870912, "bytes of a request body at most")
-    api_key: str | None = _flag(None, "key that clients must present; also sent to the workers")
+    max_payload_size: int = _flag(67108864, "bytes of a request body at most (sglang_router: 536870912)")
+    api_key: str | None = _key(
+        KEY_VARIABLE, "key that clients must present; also sent to the workers of --worker-urls (--worker-api-key)"
+    )
     worker_startup_timeout_secs: int = _flag(1800, "seconds until a worker that never answered is reported as failed")
     worker_startup_check_interval: int = _flag(30, "seconds between looks at a worker that does not answer, at most")
     log_level: str = _flag("info", "log level", ("debug", "info", "warn", "error"))
     prometheus_port: int = _flag(29000, "port of /metrics; 0: no metrics server")
-    prometheus_host: str = _flag("0.0.0.0", "address of /metrics")
+    prometheus_host: str | None = _flag(None, "address of /metrics; default that of --host")
     prometheus_duration_buckets: tuple[float, ...] = _flag((), "bounds of the duration histograms, seconds")
     request_id_headers: tuple[str, ...] = _flag((), "headers to take a request's id from, first match wins")
     request_timeout_secs: int = _flag(1800, "seconds a worker may take for an answer")
@@ -71,6 +87,29 @@ class RouterOptions:
     tls_cert_path: str | None = _flag(None, "certificate to serve HTTPS with (PEM)")
     tls_key_path: str | None = _flag(None, "its key (PEM)")
 
+    admin_api_key: str | None = _key(ADMIN_KEY_VARIABLE, "key for adding and removing workers, flushing and aborting")
+    api_key_file: str | None = _flag(
+        None, "keys of several clients, a line each: NAME KEY [admin] [prompts_per_second=N]"
+    )
+    worker_api_key: str | None = _key(
+        WORKER_KEY_VARIABLE, "key of the workers of --worker-urls; default that of --api-key"
+    )
+    worker_admin_api_key: str | None = _key(
+        WORKER_ADMIN_KEY_VARIABLE, "their key for /flush_cache and /abort_request, where they want another one for that"
+    )
+    trusted_worker_urls: tuple[str, ...] = _flag(
+        (), "URLs that get the workers' key also when they are added by POST /workers without an api_key"
+    )
+    max_prompts: int = _flag(16384, "prompts of one request at most (400 beyond)")
+    max_held_bytes: int = _flag(1 << 30, "bytes of the bodies of all requests in progress together (503 beyond)")
+    max_connections: int = _flag(16384, "open connections of clients; further ones are answered 503 and closed")
+    header_timeout_secs: float = _flag(10.0, "seconds a client has to send a request's headers (408 beyond)")
+    body_timeout_secs: float = _flag(
+        30.0,
+        "seconds a client has to send a body, and one more for each 16 KiB that came (408 beyond); also the "
+        "longest pause in taking an answer",
+    )
+    keep_alive_timeout_secs: float = _flag(75.0, "seconds after which an unused connection is closed")
     tokenizer: str = _flag(
         "auto",
         "who tokenizes text: this process, a worker's /tokenize, or nobody (prefixes are then compared as text); "
@@ -100,16 +139,49 @@ class RouterOptions:
             "health_check_interval_secs",
             "worker_startup_check_interval",
             "prefix_block_tokens",
+            "max_prompts",
+            "max_held_bytes",
+            "max_connections",
         ):
             self._at_least(name, 1)
+        for name in ("header_timeout_secs", "body_timeout_secs", "keep_alive_timeout_secs"):
+            self._at_least(name, 0.1)
         if self.policy not in POLICIES:
             raise ConfigError(f"--policy {self.policy}: known are {', '.join(POLICIES)}")
         if bool(self.tls_cert_path) != bool(self.tls_key_path):
             raise ConfigError("--tls-cert-path and --tls-key-path: give both or neither")
         # Built for their checks.
-        _ = (self.retry_policy, self.breaker_settings, self.limits)
+        _ = (self.retry_policy, self.breaker_settings, self.limits, self.keys, self.trusted_urls)
+        for flag, key in (
+            ("--worker-api-key", self.key_for_workers),
+            ("--worker-admin-api-key", self.worker_admin_api_key),
+        ):
+            try:
+                worker_key(key)
+            except ConfigError as error:
+                raise ConfigError(f"{flag}: {error}") from None
 
-    def _at_least(self, name: str, least: int) -> None:
+    @property
+    def keys(self) -> Keys:
+        """Of clients and administrators."""
+        return Keys.of(self.api_key, self.admin_api_key, self.api_key_file)
+
+    @property
+    def key_for_workers(self) -> str | None:
+        """What the workers of `--worker-urls` get."""
+        return self.worker_api_key or self.api_key
+
+    @property
+    def trusted_urls(self) -> frozenset[str]:
+        """`--trusted-worker-urls`, normalized."""
+        return frozenset(normalize(url) for url in self.trusted_worker_urls)
+
+    @property
+    def metrics_host(self) -> str:
+        """Where /metrics listens."""
+        return self.host if self.prometheus_host is None else self.prometheus_host
+
+    def _at_least(self, name: str, least: float) -> None:
         if getattr(self, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
 

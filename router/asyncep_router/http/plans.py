@@ -152,9 +152,8 @@ async def encode(tokenizer: Tokenizer | None, texts: Sequence[str]) -> list[arra
         return None
 
 
-async def plan_completion(raw: bytes, tokenizer: Tokenizer | None) -> Plan:
+async def plan_completion(raw: bytes, fields: dict[str, Any], tokenizer: Tokenizer | None) -> Plan:
     """`/v1/completions`: placed by its prompt's tokens, forwarded as it is (the echo must be the client's text)."""
-    fields = parse(raw)
     prompt = fields.get("prompt")
     found = as_prompt(prompt)
     if found is None and isinstance(prompt, str):
@@ -163,9 +162,8 @@ async def plan_completion(raw: bytes, tokenizer: Tokenizer | None) -> Plan:
     return Forward("/v1/completions", raw, found or bytes_prompt(raw), fields, pinnable=True)
 
 
-def plan_opaque(path: str, raw: bytes) -> Plan:
+def plan_opaque(path: str, raw: bytes, fields: dict[str, Any]) -> Plan:
     """Anything else: placed by the bytes of what is asked, forwarded as it is."""
-    fields = parse(raw)
     told = next((fields[key] for key in ("messages", "input", "query", "text") if fields.get(key)), None)
     prompt = bytes_prompt(raw if told is None else orjson.dumps(told))
     return Forward(path, raw, prompt, fields, pinnable=path == "/v1/chat/completions")

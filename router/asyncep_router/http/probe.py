@@ -2,37 +2,135 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from enum import Enum
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import orjson
 
 from asyncep_router.http.worker import WorkerInfo
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from asyncep_router.http.worker import Worker
+
+QUESTION_ID = "asyncep-router-question"
+"""The request id of the router's own questions, for workers' logs."""
+
+_MODEL = ("/model_info", "/get_model_info")
+_WANTS_KEY = (401, 403)
+
+
+_MOST_BYTES = 4 * 2**20
+"""An answer about itself has no more than this."""
+
 
 class ProbeError(Exception):
-    """The worker does not answer as an SGLang server would."""
+    """The worker does not answer as an SGLang server would.
+
+    Attributes:
+        slow: it did not answer in time.
+        gone: nobody listens there, or the connection broke.
+    """
+
+    def __init__(self, message: str, *, slow: bool = False, gone: bool = False) -> None:
+        super().__init__(message)
+        self.slow = slow
+        self.gone = gone
+
+
+class Answer(Enum):
+    """What became of a question that any working server can answer."""
+
+    WORKS = "works"
+    FAILS = "fails"
+    SILENCE = "silence"
+    UNCLEAR = "unclear"
+    """It refuses or is busy, which says nothing about its work."""
 
 
 async def ask(
-    session: aiohttp.ClientSession, url: str, path: str, api_key: str | None, seconds: float
+    session: aiohttp.ClientSession, url: str, path: str, headers: Mapping[str, str], seconds: float
 ) -> tuple[int, bytes]:
     """GET a path; (status, body). Raises `ProbeError`, the cause chained."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         limit = aiohttp.ClientTimeout(total=seconds)
-        async with session.get(url + path, headers=headers, timeout=limit) as response:
-            return response.status, await response.read()
+        async with session.get(url + path, headers=headers, timeout=limit, allow_redirects=False) as response:
+            return response.status, await read_answer(response)
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise ProbeError(f"{path}: {type(error).__name__} {error}".strip()) from error
+        slow = isinstance(error, TimeoutError)
+        gone = not slow and isinstance(error, aiohttp.ClientConnectionError | OSError)
+        raise ProbeError(f"{path}: {type(error).__name__} {error}".strip(), slow=slow, gone=gone) from error
 
 
-async def discover(session: aiohttp.ClientSession, url: str, api_key: str | None, seconds: float) -> WorkerInfo:
+async def read_answer(response: aiohttp.ClientResponse, most: int = _MOST_BYTES) -> bytes:
+    """A body of at most so many bytes. Raises `aiohttp.ClientPayloadError` for a longer one."""
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > most:
+            raise aiohttp.ClientPayloadError(f"the answer has more than {most} bytes")
+    return bytes(body)
+
+
+async def prove(session: aiohttp.ClientSession, url: str, health: str, seconds: float) -> None:
+    """Ask without any key whether it behaves as a server of SGLang's kind. Raises `ProbeError`.
+
+    Such a server is healthy, and either says what its model is or wants a key before it does. Only then is a key sent
+    there, and only the one that was meant for this URL.
+    """
+    status, _ = await ask(session, url, health, {}, seconds)
+    if status not in (200, *_WANTS_KEY):
+        raise ProbeError(f"{health}: status {status}")
+    for path in _MODEL:
+        status, body = await ask(session, url, path, {}, seconds)
+        if status in _WANTS_KEY:
+            return
+        if status == 200:
+            about = _json(path, body)
+            if not any(field in about for field in ("model_path", "served_model_name", "is_generation")):
+                raise ProbeError(f"{path}: does not describe a model; is this a server of SGLang's kind?")
+            return
+        if status not in (404, 405):
+            raise ProbeError(f"{path}: status {status}")
+    raise ProbeError(f"{_MODEL[0]}: no such endpoint; is this a server of SGLang's kind?")
+
+
+async def question(session: aiohttp.ClientSession, worker: Worker, generates: bool, seconds: float) -> Answer:
+    """Let it compute two tokens. Takes at most so many seconds."""
+    if generates:
+        path, fields = "/generate", {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 0}}
+    else:
+        path, fields = "/encode", {"input_ids": [1, 2]}
+    headers = {**worker.headers(), "Content-Type": "application/json", "x-request-id": QUESTION_ID}
+    try:
+        async with (
+            asyncio.timeout(seconds),
+            session.post(
+                worker.url + path, data=orjson.dumps(fields), headers=headers, allow_redirects=False
+            ) as response,
+        ):
+            await read_answer(response)
+    except TimeoutError:
+        return Answer.SILENCE
+    except (aiohttp.ClientError, OSError):
+        return Answer.FAILS
+    if response.status >= 500:
+        return Answer.FAILS
+    return Answer.WORKS if response.status == 200 else Answer.UNCLEAR
+
+
+async def discover(session: aiohttp.ClientSession, url: str, headers: Mapping[str, str], seconds: float) -> WorkerInfo:
     """What the server says of itself; what it does not say gets the defaults. Raises `ProbeError`."""
-    model = await _first(session, url, ("/model_info", "/get_model_info"), api_key, seconds)
-    server = await _first(session, url, ("/server_info", "/get_server_info"), api_key, seconds)
-    ours = await _first(session, url, ("/asyncep/status",), api_key, seconds)
-    return read(model, server, ours)
+    model = await _first(session, url, _MODEL, headers, seconds)
+    server = await _first(session, url, ("/server_info", "/get_server_info"), headers, seconds)
+    ours = await _first(session, url, ("/asyncep/status",), headers, seconds, needed=False)
+    try:
+        return read(model, server, ours)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ProbeError(f"/server_info: not what a server of SGLang's kind says of itself: {error}") from error
 
 
 def read(model: dict[str, Any], server: dict[str, Any], ours: dict[str, Any]) -> WorkerInfo:
@@ -58,17 +156,29 @@ def read(model: dict[str, Any], server: dict[str, Any], ours: dict[str, Any]) ->
 
 
 async def _first(
-    session: aiohttp.ClientSession, url: str, paths: tuple[str, ...], api_key: str | None, seconds: float
+    session: aiohttp.ClientSession,
+    url: str,
+    paths: tuple[str, ...],
+    headers: Mapping[str, str],
+    seconds: float,
+    *,
+    needed: bool = True,
 ) -> dict[str, Any]:
-    """The body of the first path that the server has; empty if it has none."""
+    """The body of the first path that the server has; empty if it has none, or keeps to itself what is not `needed`."""
     for path in paths:
-        status, body = await ask(session, url, path, api_key, seconds)
+        status, body = await ask(session, url, path, headers, seconds)
         if status == 200:
-            try:
-                found = orjson.loads(body)
-            except orjson.JSONDecodeError as error:
-                raise ProbeError(f"{path}: not JSON") from error
-            return found if isinstance(found, dict) else {}
-        if status not in (404, 405):
+            return _json(path, body)
+        if status in _WANTS_KEY and needed:
+            raise ProbeError(f"{path}: status {status}: the worker wants another key (--worker-api-key, or api_key)")
+        if status not in (404, 405) and needed:
             raise ProbeError(f"{path}: status {status}")
     return {}
+
+
+def _json(path: str, body: bytes) -> dict[str, Any]:
+    try:
+        found = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise ProbeError(f"{path}: not JSON") from error
+    return found if isinstance(found, dict) else {}

@@ -5,15 +5,24 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import dataclass
+from http import HTTPStatus
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
 from asyncep_router.errors import IntegrityError
-from asyncep_router.http.errors import BadRequest, Refusal, StreamBroken, WorkerTimeout, WorkerUnreachable
+from asyncep_router.http.errors import (
+    BadRequest,
+    QueueTimeout,
+    Refusal,
+    StreamBroken,
+    WorkerTimeout,
+    WorkerUnreachable,
+)
+from asyncep_router.http.judgement import Outcome, Trial, outcome_of
 from asyncep_router.http.plans import cached_tokens
-from asyncep_router.http.retry import RETRYABLE, WORKER_FAULTS, RetryPolicy
+from asyncep_router.http.retry import RetryPolicy
 from asyncep_router.http.upstream import exchange
 from asyncep_router.messages import Dispatch, Request
 
@@ -46,12 +55,25 @@ class Context:
     headers: dict[str, str]
 
 
+class _Lost(Exception):
+    """An attempt that ended without a reply. `again`: the request may be tried once more."""
+
+    def __init__(self, error: WorkerUnreachable | WorkerTimeout, again: bool) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.again = again
+
+
 class _Final(Exception):
     """Part of a batch got this answer, so the whole batch gets it."""
 
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply.status)
         self.reply = reply
+
+
+# A second attempt waits this many seconds for the rank that was chosen for it, then goes to any.
+_ELSEWHERE_SECONDS = 5.0
 
 
 class Relay:
@@ -86,7 +108,7 @@ class Relay:
             return reply
         answers: list[Any] = [None] * len(plan.prompts)
         try:
-            await self._pieces(plan, range(len(answers)), context, answers, 0)
+            await self._pieces(plan, range(len(answers)), context, answers, 0, Trial())
         except BaseExceptionGroup as group:
             first = _first_leaf(group)
             if isinstance(first, _Final):
@@ -105,53 +127,87 @@ class Relay:
 
     async def _single(self, plan: Plan, context: Context, sink: Sink | None) -> Reply | None:
         attempt = 0
+        trial = Trial()
         while True:
             outcome: Reply | Refusal
-            waiter = self._desk.submit(self._requests(plan, (0,), context))
-            try:
-                (dispatch,) = await waiter.take(self._until())
-            finally:
-                self._desk.withdraw(waiter)
+            dispatch = await self._place(plan, context, trial)
             try:
                 if sink is None:
-                    reply, _ = await self._send(plan, [dispatch], (0,), context)
+                    reply, _, again = await self._send(plan, [dispatch], (0,), context, trial)
                 else:
-                    streamed = await self._send_stream(plan, dispatch, context, sink)
+                    streamed, again = await self._send_stream(plan, dispatch, context, sink, trial)
                     if streamed is None:
                         return None
                     reply = streamed
-                if reply.status not in RETRYABLE:
+                if not again:
                     return reply
                 outcome = reply
-            except (WorkerUnreachable, WorkerTimeout) as error:
-                outcome = error
-            if not await self._again(plan, attempt):
+            except _Lost as lost:
+                again, outcome = lost.again, lost.error
+            if not again or not await self._again(plan, attempt):
                 if isinstance(outcome, Refusal):
                     raise outcome
                 return outcome
             attempt += 1
 
+    async def _place(self, plan: Plan, context: Context, trial: Trial) -> Dispatch:
+        """A rank for the one prompt: after a failure one of another worker, if any has room soon."""
+        elsewhere = self._elsewhere(plan, trial)
+        if elsewhere is not None:
+            waiter = self._desk.submit(self._requests(plan, (0,), context, elsewhere))
+            try:
+                (dispatch,) = await waiter.take(self._until(_ELSEWHERE_SECONDS))
+                return dispatch
+            except QueueTimeout:
+                pass
+            finally:
+                self._desk.withdraw(waiter)
+        waiter = self._desk.submit(self._requests(plan, (0,), context, None))
+        try:
+            (dispatch,) = await waiter.take(self._until())
+        finally:
+            self._desk.withdraw(waiter)
+        return dispatch
+
     # Many prompts
 
     async def _pieces(
-        self, plan: Plan, indices: Sequence[int], context: Context, answers: list[Any], attempt: int
+        self,
+        plan: Plan,
+        indices: Sequence[int],
+        context: Context,
+        answers: list[Any],
+        attempt: int,
+        trial: Trial,
+        anywhere: bool = False,
     ) -> None:
-        """Place prompts, send what one rank gets at a time as one request, put the answers in their places."""
-        requests = self._requests(plan, indices, context)
+        """Place prompts, send what one rank gets at a time as one request, put the answers in their places.
+
+        `anywhere`: also at a worker where they failed.
+        """
+        elsewhere = None if anywhere else self._elsewhere(plan, trial)
+        requests = self._requests(plan, indices, context, elsewhere)
         index_of = {request.rid: index for request, index in zip(requests, indices, strict=True)}
         waiter = self._desk.submit(requests)
-        until = self._until()
-        left = len(requests)
+        until = self._until() if elsewhere is None else self._until(_ELSEWHERE_SECONDS)
         try:
             async with asyncio.TaskGroup() as group:
-                while left:
+                while index_of:
                     by_rank: dict[int, list[Dispatch]] = {}
-                    for dispatch in await waiter.take(until):
+                    try:
+                        found = await waiter.take(until)
+                    except QueueTimeout:
+                        if elsewhere is None:
+                            raise
+                        self._desk.withdraw(waiter)
+                        rest = list(index_of.values())
+                        group.create_task(self._pieces(plan, rest, context, answers, attempt, trial, anywhere=True))
+                        break
+                    for dispatch in found:
                         by_rank.setdefault(dispatch.rank, []).append(dispatch)
                     for taken in by_rank.values():
-                        left -= len(taken)
-                        part = [index_of[dispatch.rid] for dispatch in taken]
-                        group.create_task(self._piece(plan, taken, part, context, answers, attempt))
+                        part = [index_of.pop(dispatch.rid) for dispatch in taken]
+                        group.create_task(self._piece(plan, taken, part, context, answers, attempt, trial))
         finally:
             self._desk.withdraw(waiter)
             # A piece that was cancelled before its first step could not do this itself.
@@ -165,28 +221,29 @@ class Relay:
         context: Context,
         answers: list[Any],
         attempt: int,
+        before: Trial,
     ) -> None:
         outcome: Exception
+        # Pieces have different prompts, so each is judged by itself from where it was cut.
+        trial = before.copy()
         try:
-            reply, found = await self._send(plan, taken, indices, context)
+            reply, found, again = await self._send(plan, taken, indices, context, trial)
             if found is not None:
                 for index, answer in zip(indices, found, strict=True):
                     answers[index] = answer
                 return
             outcome = _Final(reply)
-            if reply.status not in RETRYABLE:
-                raise outcome
-        except (WorkerUnreachable, WorkerTimeout) as error:
-            outcome = error
-        if not await self._again(plan, attempt):
+        except _Lost as lost:
+            again, outcome = lost.again, lost.error
+        if not again or not await self._again(plan, attempt):
             raise outcome
-        await self._pieces(plan, indices, context, answers, attempt + 1)
+        await self._pieces(plan, indices, context, answers, attempt + 1, trial)
 
     # Steps
 
-    def _requests(self, plan: Plan, indices: Sequence[int], context: Context) -> list[Request]:
+    def _requests(self, plan: Plan, indices: Sequence[int], context: Context, elsewhere: int | None) -> list[Request]:
         now = self._desk.now()
-        pinned = None if plan.pinned is None else self._rank_for(plan.pinned)
+        pinned = elsewhere if plan.pinned is None else self._rank_for(plan.pinned)
         requests = []
         for index in indices:
             prompt = plan.prompts[index]
@@ -211,8 +268,20 @@ class Relay:
             raise BadRequest(f"routed_dp_rank {dp_rank}: no worker has that rank")
         return min(fitting, key=self._desk.placement.outstanding)
 
-    def _until(self) -> float:
-        return self._desk.now() + self._patience
+    def _elsewhere(self, plan: Plan, trial: Trial) -> int | None:
+        """Of the ranks behind workers where the request has not failed, the one with the least to do; None if there
+        is none, or the request may go anywhere, or it names its rank."""
+        if not trial.failed or plan.pinned is not None:
+            return None
+        fitting = [
+            rank
+            for rank, (worker, _) in self._fleet.by_rank.items()
+            if worker.accepting and worker.id not in trial.failed
+        ]
+        return min(fitting, key=self._desk.placement.outstanding, default=None)
+
+    def _until(self, most: float = float("inf")) -> float:
+        return self._desk.now() + min(self._patience, most)
 
     async def _again(self, plan: Plan, attempt: int) -> bool:
         """Wait before the next attempt; False if there is none."""
@@ -225,60 +294,77 @@ class Relay:
         return True
 
     async def _send(
-        self, plan: Plan, taken: list[Dispatch], indices: Sequence[int], context: Context
-    ) -> tuple[Reply, list[Any] | None]:
-        """One exchange with one rank: the reply, and if it is 200 the answers in it. Books the outcome."""
+        self, plan: Plan, taken: list[Dispatch], indices: Sequence[int], context: Context, trial: Trial
+    ) -> tuple[Reply, list[Any] | None, bool]:
+        """One exchange with one rank: the reply, if it is 200 the answers in it, and whether to try again.
+
+        Books the outcome. Raises `_Lost` where there is no reply.
+        """
         rank = taken[0].rank
         rids = [dispatch.rid for dispatch in taken]
         settled = False
         try:
             worker, body, headers = self._addressed(plan, rank, indices, context)
-            async with exchange(
-                self._session, self._fleet, worker, plan.path, body, headers, self._seconds
-            ) as response:
-                reply = Reply(response.status, await response.read(), _passed_on(response))
-            self._judge(worker, reply.status)
-            if reply.status != 200:
-                return reply, None
+            try:
+                async with exchange(
+                    self._session, self._fleet, worker, plan.path, body, headers, self._seconds
+                ) as response:
+                    reply = Reply(response.status, await response.read(), _passed_on(response))
+                self._count(worker, reply.status)
+                _check_key(reply, worker)
+                answers = None
+                if reply.status == 200:
+                    answers = _read(plan, reply, len(indices), worker)
+            except (WorkerUnreachable, WorkerTimeout) as error:
+                raise _Lost(error, self._judge(trial, worker, error.outcome, str(error))) from error
+            again = self._judge(trial, worker, outcome_of(reply.status, reply.body), f"status {reply.status}")
+            if answers is None:
+                return reply, None, again
             if plan.joined:
-                try:
-                    answers = plan.read(reply.body, len(indices))
-                except ValueError as error:
-                    raise WorkerUnreachable(f"worker {worker.url}: {error}") from error
                 cached = {
                     rid: _cached_of(answer) if plan.prompts[index].exact else None
                     for rid, answer, index in zip(rids, answers, indices, strict=True)
                 }
             else:
-                answers = [reply.body]
                 cached = {rids[0]: cached_tokens(reply.body) if plan.prompts[0].exact else None}
             settled = True
             self._desk.settle(rank, cached)
-            return reply, answers
+            return reply, answers, False
         finally:
             if not settled:
                 self._desk.abandon(rids)
 
-    async def _send_stream(self, plan: Plan, dispatch: Dispatch, context: Context, sink: Sink) -> Reply | None:
+    async def _send_stream(
+        self, plan: Plan, dispatch: Dispatch, context: Context, sink: Sink, trial: Trial
+    ) -> tuple[Reply | None, bool]:
         """As `_send`; the body goes to `sink` as it comes, and from then on nothing is tried again."""
         settled = False
         try:
             worker, body, headers = self._addressed(plan, dispatch.rank, (0,), context)
-            async with exchange(
-                self._session, self._fleet, worker, plan.path, body, headers, self._seconds
-            ) as response:
-                if response.status != 200:
-                    reply = Reply(response.status, await response.read(), _passed_on(response))
-                    self._judge(worker, reply.status)
-                    return reply
-                try:
-                    await sink(response)
-                except (WorkerTimeout, aiohttp.ClientPayloadError, TimeoutError) as error:
+            begun = False
+            try:
+                async with exchange(
+                    self._session, self._fleet, worker, plan.path, body, headers, self._seconds
+                ) as response:
+                    self._count(worker, response.status)
+                    if response.status != 200:
+                        reply = Reply(response.status, await response.read(), _passed_on(response))
+                        _check_key(reply, worker)
+                    else:
+                        begun = True
+                        await sink(response)
+            except (WorkerUnreachable, WorkerTimeout) as error:
+                again = self._judge(trial, worker, error.outcome, str(error))
+                if begun:
                     raise StreamBroken(str(error)) from error
-            self._judge(worker, 200)
+                raise _Lost(error, again) from error
+            if not begun:
+                again = self._judge(trial, worker, outcome_of(reply.status, reply.body), f"status {reply.status}")
+                return reply, again
+            self._judge(trial, worker, Outcome.ANSWERED, "")
             settled = True
             self._desk.settle(dispatch.rank, {dispatch.rid: None})
-            return None
+            return None, False
         finally:
             if not settled:
                 self._desk.abandon([dispatch.rid])
@@ -288,17 +374,23 @@ class Relay:
     ) -> tuple[Worker, bytes, dict[str, str]]:
         worker, dp_rank = self._fleet.by_rank[rank]
         body = plan.body(indices, dp_rank if len(worker.ranks) > 1 else None)
-        headers = context.headers
-        if worker.api_key:
-            headers = {**headers, "Authorization": f"Bearer {worker.api_key}"}
-        return worker, body, headers
+        return worker, body, {**context.headers, **worker.headers()}
 
-    def _judge(self, worker: Worker, status: int) -> None:
+    def _count(self, worker: Worker, status: int) -> None:
+        worker.heard(self._desk.now())
         self._metrics.upstream.labels(worker.url, str(status)).inc()
-        if status in WORKER_FAULTS:
-            self._fleet.failed(worker, f"status {status}")
-        else:
+
+    def _judge(self, trial: Trial, worker: Worker, outcome: Outcome, reason: str) -> bool:
+        """Book on workers what follows from an attempt's outcome; whether the request may be tried again."""
+        finding = trial.record(worker.id, outcome)
+        if finding.succeeded is not None:
             self._fleet.succeeded(worker)
+        for ident in finding.blamed:
+            # What was said of a worker that failed earlier is its last error already.
+            self._fleet.failed(ident, reason if ident == worker.id else "")
+        for ident in finding.questioned:
+            self._fleet.question(ident, reason if ident == worker.id else "")
+        return finding.again
 
 
 _JSON = {"Content-Type": "application/json"}
@@ -308,6 +400,25 @@ _PASSED_ON = ("Content-Type", "Retry-After")
 def _passed_on(response: aiohttp.ClientResponse) -> dict[str, str]:
     headers = response.headers
     return {name: headers[name] for name in _PASSED_ON if name in headers}
+
+
+def _check_key(reply: Reply, worker: Worker) -> None:
+    """The client's key was good: what the worker does not take is the router's."""
+    if reply.status == HTTPStatus.UNAUTHORIZED:
+        raise WorkerUnreachable(
+            f"worker {worker.url} does not take the router's key (--worker-api-key, or api_key of PUT /workers/ID)",
+            Outcome.UNAVAILABLE,
+        )
+
+
+def _read(plan: Plan, reply: Reply, count: int, worker: Worker) -> list[Any]:
+    """The answers in a reply. Raises `WorkerUnreachable` if they are not there."""
+    if not plan.joined:
+        return [reply.body]
+    try:
+        return plan.read(reply.body, count)
+    except ValueError as error:
+        raise WorkerUnreachable(f"worker {worker.url}: {error}") from error
 
 
 def _cached_of(answer: Any) -> int | None:

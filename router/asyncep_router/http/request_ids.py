@@ -22,7 +22,8 @@ def request_id(headers: Mapping[str, str], path: str, names: Sequence[str] = ())
     """The id to log, to send on and to answer with as `x-request-id`."""
     for name in names or DEFAULT_HEADERS:
         found = headers.get(name)
-        if found:
+        # It goes into headers and logs: what could not stand there is not taken.
+        if found and found.isascii() and found.isprintable():
             return found[:_LONGEST]
     # Not secrets: asking the kernel for every request costs more than placing it.
     return _PREFIXES.get(path, "req-") + f"{random.getrandbits(96):024x}"

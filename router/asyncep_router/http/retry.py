@@ -1,16 +1,10 @@
-"""When to try again and how long to wait before: exponential backoff with jitter. Pure."""
+"""How long to wait before trying again: exponential backoff with jitter. Pure. `judgement` says whether to."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from asyncep_router.errors import ConfigError
-
-RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
-"""Answers of a worker after which another attempt may succeed. Prefill changes nothing, so repeating is safe."""
-
-WORKER_FAULTS = frozenset({500, 502, 503, 504})
-"""Those that count against the worker; 408 and 429 say that it is busy, not that it is broken."""
 
 
 @dataclass(frozen=True)

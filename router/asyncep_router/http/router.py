@@ -15,6 +15,7 @@ from asyncep_router.http.fleet import Fleet
 from asyncep_router.http.metrics import Metrics
 from asyncep_router.http.model import load_cost, stand_in
 from asyncep_router.http.placement import make_placement
+from asyncep_router.http.public import public_name
 from asyncep_router.http.relay import Relay
 from asyncep_router.http.tokenizer import Tokenizer, choose
 from asyncep_router.http.upstream import make_session
@@ -61,7 +62,7 @@ class Router:
         self._tokenizing: asyncio.Task[None] | None = None
         self.metrics.watch(lambda: list(self.fleet.workers.values()), self.state)
         for url in options.worker_urls:
-            self.fleet.add(url)
+            self.fleet.add(url, named=True)
 
     async def close(self) -> None:
         """End everything. In-flight requests must be over."""
@@ -81,9 +82,10 @@ class Router:
         """Whether the workers score item by item with a generating model, which the router can do for them."""
         return self.model is not None and self.model.generates and not self.model.multi_item
 
-    def any_worker(self) -> Worker | None:
-        """One that accepts, for questions that any of them can answer."""
-        return next((worker for worker in self.fleet.workers.values() if worker.accepting), None)
+    def accepting(self) -> list[Worker]:
+        """The workers that take requests, those whose answers came last first: they are the likeliest to answer."""
+        found = [worker for worker in self.fleet.workers.values() if worker.accepting]
+        return sorted(found, key=lambda worker: -worker.heard_at)
 
     def state(self) -> dict[str, Any]:
         """`GET /router/state`."""
@@ -93,7 +95,7 @@ class Router:
             "ready": self.ready,
             "active": self.gate.admission.active,
             "queued": self.gate.admission.waiting,
-            "cost_model": self.cost_source,
+            "cost_model": public_name(self.cost_source),
             "tokenizer": self.tokenizer.kind if self.tokenizer else "none",
             "workers": [worker.describe() for worker in self.fleet.workers.values()],
             "ranks": [
@@ -129,5 +131,5 @@ class Router:
     async def _load_tokenizer(self, worker: Worker, info: WorkerInfo) -> None:
         """Beside serving: until it is there, text is compared as text."""
         path = self.options.tokenizer_path or info.tokenizer_path or self.options.model_path or info.model_path
-        self.tokenizer = await choose(self.options.tokenizer, path, self.session, worker)
+        self.tokenizer = await choose(self.options.tokenizer, path, self.session, worker, self.accepting)
         logger.info("tokenizer: %s", self.tokenizer.kind if self.tokenizer else "none, text is compared as text")

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from asyncep_router.http.generate import GenerateBatch
-from asyncep_router.http.plans import Plan, Prompt, encode, parse, plan_opaque
+from asyncep_router.http.plans import Plan, Prompt, encode, plan_opaque
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from asyncep_router.http.tokenizer import Tokenizer
+
+# What takes more characters or ids than this is left to a worker as it is.
+_MOST = 1 << 24
 
 _KNOWN = frozenset(
     {
@@ -35,15 +38,27 @@ _KNOWN = frozenset(
 )
 
 
-async def plan_score(raw: bytes, tokenizer: Tokenizer | None, *, plain: bool) -> Plan:
-    """The plan for a body. `plain`: the workers score item by item with a generating model."""
-    fields = parse(raw)
-    labels = _labels(fields, tokenizer.vocabulary if tokenizer else None) if plain and _ordinary(fields) else None
+async def plan_score(raw: bytes, fields: dict[str, Any], tokenizer: Tokenizer | None, *, plain: bool) -> Plan:
+    """The plan for a body, parsed into `fields`. `plain`: the workers score item by item with a generating model."""
+    simple = plain and _ordinary(fields) and _size(fields) <= _MOST
+    labels = _labels(fields, tokenizer.vocabulary if tokenizer else None) if simple else None
     if labels is not None:
         prompts = await _prompts(fields, tokenizer)
         if prompts is not None and all(prompts):
             return Score(fields, prompts, labels)
-    return plan_opaque("/v1/score", raw)
+    return plan_opaque("/v1/score", raw, fields)
+
+
+def _size(fields: dict[str, Any]) -> int:
+    """Characters or token ids of all prompts, and label ids of all items: the query and the labels count once for
+    each item, so that a small body can ask for very much."""
+    query, items, labels = fields.get("query"), fields.get("items"), fields.get("label_token_ids")
+    if not isinstance(items, str | list) or not isinstance(query, str | list | None):
+        return 0
+    entries = [items] if isinstance(items, str) else items
+    own = sum(len(entry) for entry in entries if isinstance(entry, str | list))
+    each = len(query or "") + (len(labels) if isinstance(labels, list) else 0)
+    return own + each * len(entries)
 
 
 def _ordinary(fields: dict[str, Any]) -> bool:

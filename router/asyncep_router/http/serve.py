@@ -17,6 +17,7 @@ from prometheus_client import disable_created_metrics
 
 from asyncep_router.errors import ConfigError
 from asyncep_router.http.app import App
+from asyncep_router.http.connections import LimitedServer
 from asyncep_router.http.router import Router
 from asyncep_router.long_lived import settle
 
@@ -29,7 +30,9 @@ logger = logging.getLogger("asyncep_router")
 
 # Ten thousand clients may connect in the same moment; the kernel caps this at net.core.somaxconn.
 _BACKLOG = 16384
-_KEEP_ALIVE_SECONDS = 75.0
+# A scrape is short: these bounds of the metrics' listener need no flags.
+_SCRAPE_CONNECTIONS = 64
+_SCRAPE_SECONDS = 10.0
 # After the grace period what is left is cut off; this long the cut may take.
 _CUT_SECONDS = 1.0
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
@@ -49,11 +52,16 @@ async def _serve(options: RouterOptions, beside: Callable[[], Awaitable[None]] |
     loop = asyncio.get_running_loop()
     router = Router(options)
     app = App(router)
-    server = web.Server(
-        app, request_factory=app.request_factory, handler_cancellation=True, keepalive_timeout=_KEEP_ALIVE_SECONDS
-    )
+    server = app.server()
     front = web.ServerRunner(server, access_log=None)
-    scrape = web.ServerRunner(web.Server(_scrape(router)), access_log=None)
+    scraped = LimitedServer(
+        _scrape(router),
+        most=_SCRAPE_CONNECTIONS,
+        header_seconds=_SCRAPE_SECONDS,
+        keep_alive=_SCRAPE_SECONDS,
+        taking_seconds=_SCRAPE_SECONDS,
+    )
+    scrape = web.ServerRunner(scraped, access_log=None)
     stop = asyncio.Event()
     try:
         await front.setup()
@@ -61,7 +69,7 @@ async def _serve(options: RouterOptions, beside: Callable[[], Awaitable[None]] |
         await _start(site, "--port", options.port)
         if options.prometheus_port:
             await scrape.setup()
-            metrics_site = web.TCPSite(scrape, options.prometheus_host, options.prometheus_port)
+            metrics_site = web.TCPSite(scrape, options.metrics_host, options.prometheus_port)
             await _start(metrics_site, "--prometheus-port", options.prometheus_port)
         settle()
         logger.info("listening on %s:%d, policy %s", options.host, options.port, options.policy)

@@ -13,7 +13,7 @@ import aiohttp
 import orjson
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from asyncep_router.http.worker import Worker
 
@@ -21,7 +21,13 @@ logger = logging.getLogger("asyncep_router")
 
 # Below this many characters a thread costs more than the tokenizing.
 _INLINE_CHARACTERS = 2000
-_SECONDS = 30.0
+_SECONDS = 10.0
+# After a worker has failed to tokenize, text is compared as text for so long.
+_REST_SECONDS = 10.0
+# A text with more characters is not tokenized here: the workers have a bound for it, and others' texts wait for it.
+_LONGEST = 1_000_000
+# So many characters are tokenized before another request's text has its turn.
+_TURN = 100_000
 
 SAMPLES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -60,10 +66,30 @@ class LocalTokenizer:
     async def encode(self, texts: Sequence[str]) -> list[array[int]]:
         if sum(map(len, texts)) < _INLINE_CHARACTERS:
             return self._now(texts)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._now, texts)
+        if max(map(len, texts)) > _LONGEST:
+            raise TokenizeError(f"a text of more than {_LONGEST} characters")
+        loop = asyncio.get_running_loop()
+        found: list[array[int]] = []
+        for turn in _turns(texts):
+            found += await loop.run_in_executor(self._threads, self._now, turn)
+        return found
 
     def _now(self, texts: Sequence[str]) -> list[array[int]]:
         return [array("q", self._encode(text)) for text in texts]
+
+
+def _turns(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts in order, as many at a time as have `_TURN` characters together."""
+    turn: list[str] = []
+    characters = 0
+    for text in texts:
+        if turn and characters + len(text) > _TURN:
+            yield turn
+            turn, characters = [], 0
+        turn.append(text)
+        characters += len(text)
+    if turn:
+        yield turn
 
 
 def load_plain(path: str) -> LocalTokenizer | None:
@@ -91,39 +117,62 @@ def load_full(path: str) -> LocalTokenizer | None:
 
 
 class WorkerTokenizer:
-    """A worker's `/tokenize`, asked over the network."""
+    """`/tokenize` of a worker, asked over the network: of `first`, later of one of those that `workers` gives.
+
+    When none answers, it is not asked again for a while, so that a worker that hangs delays few requests.
+    """
 
     kind = "worker"
     vocabulary: int | None = None
 
-    def __init__(self, session: aiohttp.ClientSession, worker: Worker) -> None:
+    def __init__(self, session: aiohttp.ClientSession, first: Worker, workers: Callable[[], Sequence[Worker]]) -> None:
         self._session = session
-        self._worker = worker
+        self._first = first
+        self._workers = workers
+        self._rests_until = float("-inf")
 
     async def encode(self, texts: Sequence[str]) -> list[array[int]]:
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._rests_until:
+            raise TokenizeError("no worker tokenized a short while ago")
+        if max(map(len, texts), default=0) > _LONGEST:
+            raise TokenizeError(f"a text of more than {_LONGEST} characters")
+        worker = next(iter(self._workers()), self._first)
+        try:
+            return await self._ask(worker, texts)
+        except TokenizeError:
+            self._rests_until = loop.time() + _REST_SECONDS
+            raise
+
+    async def _ask(self, worker: Worker, texts: Sequence[str]) -> list[array[int]]:
         body = orjson.dumps({"prompt": list(texts)})
-        headers = {"Content-Type": "application/json"}
-        if self._worker.api_key:
-            headers["Authorization"] = f"Bearer {self._worker.api_key}"
+        headers = {"Content-Type": "application/json", **worker.headers()}
+        limit = aiohttp.ClientTimeout(total=_SECONDS)
         try:
             async with self._session.post(
-                self._worker.url + "/tokenize", data=body, headers=headers, timeout=aiohttp.ClientTimeout(_SECONDS)
+                worker.url + "/tokenize", data=body, headers=headers, timeout=limit, allow_redirects=False
             ) as response:
                 answer = orjson.loads(await response.read())
                 tokens = answer["tokens"]
                 found = [array("q", ids) for ids in tokens]
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError, TypeError, KeyError, OverflowError) as error:
-            raise TokenizeError(f"{self._worker.url}/tokenize: {type(error).__name__} {error}") from error
+            raise TokenizeError(f"{worker.url}/tokenize: {type(error).__name__} {error}") from error
         if len(found) != len(texts):
-            raise TokenizeError(f"{self._worker.url}/tokenize: {len(found)} answers for {len(texts)} texts")
+            raise TokenizeError(f"{worker.url}/tokenize: {len(found)} answers for {len(texts)} texts")
         return found
 
 
-async def choose(mode: str, path: str | None, session: aiohttp.ClientSession, worker: Worker) -> Tokenizer | None:
+async def choose(
+    mode: str,
+    path: str | None,
+    session: aiohttp.ClientSession,
+    worker: Worker,
+    workers: Callable[[], Sequence[Worker]],
+) -> Tokenizer | None:
     """The tokenizer that `--tokenizer` asks for, checked against the worker; None: text is not tokenized."""
     if mode == "none":
         return None
-    remote = WorkerTokenizer(session, worker)
+    remote = WorkerTokenizer(session, worker, workers)
     try:
         expected: list[array[int]] | None = await remote.encode(SAMPLES)
     except TokenizeError as error:

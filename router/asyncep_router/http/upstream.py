@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 
 from asyncep_router.http.errors import WorkerTimeout, WorkerUnreachable
+from asyncep_router.http.judgement import Outcome
 from asyncep_router.http.worker import Phase
 
 if TYPE_CHECKING:
@@ -47,22 +48,31 @@ async def exchange(
     """POST to a worker and look at the answer while the context is open.
 
     Raises `WorkerTimeout` (nothing within `seconds`), `WorkerUnreachable` (no connection, or it broke, or the
-    worker was given up meanwhile). The fleet is told of both.
+    worker was given up meanwhile). The fleet is told of failed connections, which concern every request; whose fault
+    a failure is, `judgement` finds.
     """
     limit = timeout(seconds)
     worker.started(limit)
     try:
-        async with limit, session.post(worker.url + path, data=body, headers=headers) as response:
+        # A redirect would carry the client's prompt and the worker's key to wherever it points.
+        async with (
+            limit,
+            session.post(worker.url + path, data=body, headers=headers, allow_redirects=False) as response,
+        ):
             yield response
+    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        fleet.unconnected(worker, reason)
+        raise WorkerUnreachable(f"worker {worker.url}: {reason}", Outcome.UNCONNECTED) from error
     except (aiohttp.ClientError, ConnectionError) as error:
         reason = f"{type(error).__name__}: {error}"
-        fleet.unreachable(worker, reason)
+        fleet.dropped(worker, reason)
         raise WorkerUnreachable(f"worker {worker.url}: {reason}") from error
     except TimeoutError as error:
-        if worker.phase in (Phase.UNHEALTHY, Phase.DRAINING, Phase.SUSPECT):
+        if worker.phase is Phase.DRAINING:
+            raise WorkerUnreachable(f"worker {worker.url} was removed", Outcome.GIVEN_UP) from error
+        if worker.phase in (Phase.UNHEALTHY, Phase.SUSPECT):
             raise WorkerUnreachable(f"worker {worker.url} was given up: {worker.last_error}") from error
-        reason = f"no answer within {seconds:g} s"
-        fleet.failed(worker, reason)
-        raise WorkerTimeout(f"worker {worker.url}: {reason}") from error
+        raise WorkerTimeout(f"worker {worker.url}: no answer within {seconds:g} s") from error
     finally:
         worker.ended(limit)

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from asyncep_router.http.breaker import Breaker, BreakerState
+from asyncep_router.http.public import public_name
 
 
 class Phase(StrEnum):
@@ -53,7 +54,10 @@ class Worker:
 
     url: str
     breaker: Breaker
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    """Sent to it once it is `proven`."""
+    admin_key: str | None = field(default=None, repr=False)
+    """The same, for emptying its cache and ending requests."""
     labels: dict[str, str] = field(default_factory=dict)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     phase: Phase = Phase.STARTING
@@ -63,6 +67,15 @@ class Worker:
     """Failed health checks in a row."""
     successes: int = 0
     """Successful health checks in a row."""
+    proven: bool = False
+    """It has answered without a key as a server of SGLang's kind does. Untrue again when it was unreachable: another
+    process may listen there now."""
+    heard_at: float = float("-inf")
+    """When an answer to a request came last, on the event loop's clock."""
+    outage_booked: bool = False
+    """Since it was suspected a failure was booked: many requests may meet one outage, which is one failure."""
+    questioned_at: float = float("-inf")
+    """When the router asked it a question of its own last."""
     died: bool = False
     """It was unreachable since it last served, so its cache is taken to be empty."""
     last_error: str | None = None
@@ -79,6 +92,16 @@ class Worker:
     def accepting(self) -> bool:
         """Whether requests may be sent to it."""
         return self.phase is Phase.READY and self.breaker.state is not BreakerState.OPEN
+
+    def heard(self, now: float) -> None:
+        """A request was answered, or a piece of an answer came: it is alive and moving, however slow its checks are."""
+        self.heard_at = now
+        self.failures = 0
+
+    def headers(self, *, admin: bool = False) -> dict[str, str]:
+        """What it needs to let the router in."""
+        key = (admin and self.admin_key) or self.api_key
+        return {"Authorization": f"Bearer {key}"} if key and self.proven else {}
 
     def started(self, attempt: asyncio.Timeout) -> None:
         """A request is sent to it."""
@@ -107,7 +130,7 @@ class Worker:
         return {
             "id": self.id,
             "url": self.url,
-            "model_id": info.model_name or info.model_path,
+            "model_id": public_name(info.model_name or info.model_path),
             "worker_type": "regular",
             "connection_mode": "http",
             "is_healthy": self.phase is Phase.READY,
