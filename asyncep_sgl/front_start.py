@@ -6,9 +6,6 @@ import importlib
 
 from asyncep_sgl.errors import SeamError
 
-# Forked ahead for the first rank that dies; those after it are spawned.
-SPARE_RANKS = 1
-
 
 def admit_zero_max_tokens() -> None:
     """Lets ``/v1/completions`` be asked for no new token, which upstream refuses though ``/generate`` takes it.
@@ -41,23 +38,44 @@ def leave_garbage_to_us() -> None:
     http_server._freeze_gc_after_server_warmup = lambda _server_args: None
 
 
-def fork_processes_ahead(ranks: int) -> None:
+def import_everything() -> None:
+    """Imports what the front, the router, the ranks and the detokenizer need.
+
+    To be called when SGLang's plug-ins are loaded.
+    """
+    for module in (
+        "sglang.srt.entrypoints.http_server",
+        "sglang.srt.managers.data_parallel_controller",
+        # All models, which every rank would otherwise import for itself.
+        "sglang.srt.models.registry",
+    ):
+        importlib.import_module(module)
+
+
+def fork_processes_ahead() -> None:
     """Lets the front's processes, and the ranks of its controller, be forked from what the front has imported.
 
     To be called in the front when it has imported SGLang's server and done nothing else.
-
-    Args:
-        ranks: schedulers on this host. One without a controller or router is the front's own child.
     """
+    import_everything()
     from sglang.srt.entrypoints import engine
     from sglang.srt.managers import data_parallel_controller as controller
 
     from asyncep_sgl.prefork import PreforkContext, fork_ahead
     from asyncep_sgl.scheduling.one_rank import run_router_of_one_rank
 
-    # It imports all models, which every rank would otherwise do for itself.
-    importlib.import_module("sglang.srt.models.registry")
     engine.mp = controller.mp = PreforkContext()
     # A scheduler or what starts it, and the detokenizer.
     starters = (controller.run_data_parallel_controller_process, run_router_of_one_rank)
-    fork_ahead(2, {starter.__name__: ranks + SPARE_RANKS for starter in starters})
+    fork_ahead(2, {starter.__name__ for starter in starters})
+
+
+def sglang_refuses() -> str | None:
+    """Why SGLang's front takes no requests: it is starting or stopping. None if it takes them."""
+    from sglang.srt.entrypoints.http_server import get_global_state
+    from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+    state = get_global_state()
+    if state is None or state.tokenizer_manager.server_status == ServerStatus.Starting:
+        return "the server is starting"
+    return "the server is stopping" if state.tokenizer_manager.gracefully_exit else None

@@ -33,7 +33,8 @@ from asyncep_sgl.lifeline import die_with
 from asyncep_sgl.model_support import read_config
 from asyncep_sgl.platform import fallbacks
 from asyncep_sgl.platform.cpu import AnyCpuPlatform
-from asyncep_sgl.scheduling.reports import RankReporter, RouterEventPublisher
+from asyncep_sgl.scheduling import questions
+from asyncep_sgl.scheduling.reports import RankReporter, RouterEventPublisher, start_beating
 from asyncep_sgl.seam import Seam
 from asyncep_sgl.validation import check_prefill_only, check_prompt
 
@@ -73,6 +74,7 @@ def _around_scheduler(original: Callable[..., None], *args: Any, **kwargs: Any) 
         cost = ModelCost.from_config(read_config(get_model().model_path, get_model().revision))
         RouterEventPublisher.join = "joined-events" not in config.without
         _reporter = RouterEventPublisher.reporter = RankReporter(rank, config.router.report_address, cost)
+        start_beating(rank, config.router.report_address)
     with _failures_reported():
         original(*args, **kwargs)
 
@@ -97,6 +99,13 @@ def _around_event_loop(original: Callable[..., None], *args: Any, **kwargs: Any)
             # Upstream would now end the whole server; with our router only this rank ends, and is started again.
             logger.exception("rank %d ends", _reporter.rank)
             os._exit(1)
+
+
+def _before_batch(scheduler: Any, batch: Any, *_: Any, **__: Any) -> None:
+    """The router learns what a rank would have died of."""
+    if _reporter is not None:
+        # SGLang counts a batch in the method that follows.
+        _reporter.batch_started(scheduler.forward_ct + 1, batch)
 
 
 def _after_batch_result(_: None, _scheduler: Any, batch: Any, *__: Any) -> None:
@@ -252,6 +261,7 @@ async def _refuse_weights(*_: Any, **__: Any) -> tuple[bool, str]:
 
 
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+_COMMUNICATOR = "sglang.srt.managers.communicator.FanOutCommunicator"
 
 SEAMS: tuple[Seam, ...] = (
     Seam(
@@ -265,6 +275,12 @@ SEAMS: tuple[Seam, ...] = (
         _around_event_loop,
         HookType.AROUND,
         ("self",),
+    ),
+    Seam(
+        "sglang.srt.managers.scheduler.Scheduler.run_batch",
+        _before_batch,
+        HookType.BEFORE,
+        ("self", "batch", "pp_proxy_tensors"),
     ),
     Seam(
         "sglang.srt.managers.scheduler.Scheduler.process_batch_result",
@@ -346,6 +362,14 @@ SEAMS: tuple[Seam, ...] = (
             f"{_TOKENIZER}.update_weights_from_{source}", _refuse_weights, HookType.REPLACE, ("self", "obj", "request")
         )
         for source in ("tensor", "distributed", "ipc")
+    ),
+    Seam(f"{_COMMUNICATOR}.__call__", questions.call, HookType.REPLACE, ("self", "obj")),
+    Seam(f"{_COMMUNICATOR}.handle_recv", questions.handle_recv, HookType.REPLACE, ("self", "recv_obj")),
+    Seam(
+        f"{_TOKENIZER}.open_session",
+        questions.around_open_session,
+        HookType.AROUND,
+        ("self", "obj", "request"),
     ),
     Seam(
         f"{_TOKENIZER}.generate_request",

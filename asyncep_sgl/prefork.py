@@ -3,7 +3,12 @@
 SGLang spawns its processes, and each imports torch, Transformers and SGLang anew: 12 s of a core before it does
 anything. Here a process that has imported them and nothing more forks children, each of which sleeps until it is told
 which process to be. They share the imported pages, and a rank that died is replaced by one that only has to map its
-weights. Where no child is left, processes are spawned as before.
+weights.
+
+A process that will need others for as long as it lives, as the router needs ranks, cannot fork them itself: it has
+threads by then. It keeps a *template*, a child with one thread that forks on demand and is never used up. What the
+template forks becomes its owner's child, as if the owner had forked it. Where there is no child and no template,
+processes are spawned as before.
 """
 
 from __future__ import annotations
@@ -19,10 +24,13 @@ import pickle
 import resource
 import signal
 import socket
+import subprocess
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Mapping
-from multiprocessing import context, popen_fork, popen_spawn_posix, process, reduction, spawn, util
+from collections.abc import Collection
+from multiprocessing import connection, context, popen_fork, popen_spawn_posix, process, reduction, spawn, util
 from typing import Any, NamedTuple, NoReturn
 
 from asyncep_sgl import lifeline
@@ -30,9 +38,16 @@ from asyncep_sgl import lifeline
 logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 # Descriptors that come with a process: the ends of its pipes.
 _MOST_DESCRIPTORS = 64
 _LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_STACK)
+# A template answers in milliseconds; one that is started anew imports everything first.
+_TEMPLATE_SECONDS = 10.0
+_NEW_TEMPLATE_SECONDS = 180.0
+
+
+_PID_BYTES = 8
 
 
 class _Child(NamedTuple):
@@ -41,27 +56,26 @@ class _Child(NamedTuple):
 
 
 _waiting: list[_Child] = []
-# By name of a process's function: how many children that process forks ahead before it runs.
-_offspring: dict[str, int] = {}
+# Names of the functions whose processes keep a template.
+_keepers: set[str] = set()
+_template: Template | None = None
 # In a child: its line to the parent, and what came with the process it is to be.
 _line: socket.socket | None = None
 _descriptors: list[int] = []
 
 
-def fork_ahead(count: int, offspring: Mapping[str, int] | None = None) -> int:
+def fork_ahead(count: int, keepers: Collection[str] = ()) -> int:
     """Forks children that wait; returns how many: none if threads run, which a child would not have.
 
     To be called before the process opens anything that a child should not hold.
 
     Args:
         count: how many.
-        offspring: by name of a process's function, how many children that process forks ahead before it runs.
+        keepers: names of functions; a child that is to run one of them keeps a template (`keep_template`).
     """
-    _offspring.update(offspring or {})
-    if count and len(os.listdir("/proc/self/task")) != 1 + lifeline.threads():
-        logger.info("processes are spawned, not forked: this one has threads already")
+    _keepers.update(keepers)
+    if not _can_fork():
         return 0
-    gc.freeze()  # a collection would write to every object, and so copy every page
     for _ in range(count):
         ours, theirs = socket.socketpair()
         parent = os.getpid()
@@ -74,6 +88,142 @@ def fork_ahead(count: int, offspring: Mapping[str, int] | None = None) -> int:
     return count
 
 
+def keep_template() -> bool:
+    """Forks a template for this process, from which every process that it starts later is forked.
+
+    To be called before the process opens anything that a child should not hold. Returns False if threads run.
+    """
+    global _template
+    if not _can_fork():
+        return False
+    # What a template forks would else become a child of the launcher, which is the next subreaper above.
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    ours, theirs = socket.socketpair()
+    owner = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        try:
+            _let_go()
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            serve_template(theirs, owner)
+        finally:
+            os._exit(1)
+    theirs.close()
+    _template = Template(pid, ours)
+    return True
+
+
+def template_pid() -> int | None:
+    """The process that this one's processes are forked from; None if there is none."""
+    return _template.pid if _template is not None else None
+
+
+def reap_orphans(known: Collection[int]) -> None:
+    """Takes the exit statuses of processes that came to this one because their parents ended.
+
+    Args:
+        known: children whose statuses somebody waits for; they are left alone.
+    """
+    while True:
+        try:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return
+        if ended is None or ended.si_pid in known:
+            return
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(ended.si_pid, os.WNOHANG)
+
+
+def _can_fork() -> bool:
+    if len(os.listdir("/proc/self/task")) != 1 + lifeline.threads():
+        logger.info("processes are spawned, not forked: this one has threads already")
+        return False
+    gc.freeze()  # a collection would write to every object, and so copy every page
+    return True
+
+
+class Template:
+    """The owner's end of a template. Any thread may ask it.
+
+    Attributes:
+        pid: the template's process.
+    """
+
+    def __init__(self, pid: int, line: socket.socket) -> None:
+        self.pid = pid
+        self._line = line
+        self._lock = threading.Lock()
+
+    def child(self) -> _Child:
+        """A new child of this process that waits to be told what to be.
+
+        A template that has ended or does not answer is replaced by one that is started anew.
+
+        Raises:
+            OSError: that one does not answer either.
+        """
+        with self._lock:
+            try:
+                return self._ask(_TEMPLATE_SECONDS)
+            except OSError as error:
+                logger.warning("the template of processes is started anew (%s: %s)", type(error).__name__, error)
+                self._replace()
+                return self._ask(_NEW_TEMPLATE_SECONDS)
+
+    def _ask(self, seconds: float) -> _Child:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(self._line, [b"f"], [theirs.fileno()])
+        try:
+            ours.settimeout(seconds)
+            said = ours.recv(_PID_BYTES, socket.MSG_WAITALL)
+            if len(said) != _PID_BYTES:
+                raise ConnectionResetError("it has ended")
+            ours.settimeout(None)
+        except OSError:
+            ours.close()
+            raise
+        return _Child(int.from_bytes(said, sys.byteorder), ours)
+
+    def _replace(self) -> None:
+        self._line.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "asyncep_sgl.template_process", str(theirs.fileno()), str(os.getpid())]
+            started = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        self.pid, self._line = started.pid, ours
+        started.returncode = 0  # waited for above, by its number, if it ends
+
+
+def serve_template(line: socket.socket, owner: int) -> NoReturn:
+    """The life of a template: forks a child of process ``owner`` for each descriptor that comes, until ``owner`` ends.
+
+    A child is forked by a process between, which ends at once: its parent is then the next subreaper above, the owner.
+    """
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(line, 1, 1)
+        if not message:
+            os._exit(0)
+        theirs = socket.socket(fileno=descriptors[0])
+        between = os.fork()
+        if between == 0:
+            me = os.getpid()
+            if os.fork():
+                os._exit(0)
+            line.close()
+            while os.getppid() == me:
+                time.sleep(0.001)
+            _wait(theirs, owner, announce=True)
+        theirs.close()
+        os.waitpid(between, 0)
+
+
 class PreforkContext(context.SpawnContext):
     """What SGLang's modules use as ``multiprocessing``: its processes are children that wait, while there are any."""
 
@@ -84,13 +234,27 @@ class PreforkContext(context.SpawnContext):
 class _Process(context.SpawnProcess):
     @staticmethod
     def _Popen(process_obj: Any) -> Any:
-        while _waiting:
-            child = _waiting.pop(0)
-            try:
-                return _Popen(process_obj, child)
-            except (BrokenPipeError, ConnectionResetError, ProcessLookupError):
-                os.waitpid(child.pid, 0)  # it has been killed: the next one
-        return popen_spawn_posix.Popen(process_obj)
+        popen = _started(process_obj)
+        for argument in process_obj._args:
+            # The child has its own. With this one open, whoever waits for what the child writes would not see its end.
+            if isinstance(argument, connection.Connection) and not argument.readable:
+                argument.close()
+        return popen
+
+
+def _started(process_obj: Any) -> Any:
+    while _waiting:
+        child = _waiting.pop(0)
+        try:
+            return _Popen(process_obj, child)
+        except (BrokenPipeError, ConnectionResetError, ProcessLookupError):
+            os.waitpid(child.pid, 0)  # it has been killed: the next one
+    if _template is not None:
+        try:
+            return _Popen(process_obj, _template.child())
+        except OSError as error:
+            logger.warning("a process is spawned, not forked (%s: %s)", type(error).__name__, error)
+    return popen_spawn_posix.Popen(process_obj)
 
 
 PreforkContext.Process = _Process
@@ -148,13 +312,15 @@ def _close(*descriptors: int) -> None:
         os.close(descriptor)
 
 
-def _wait(line: socket.socket, parent: int) -> NoReturn:
-    """The life of a child."""
+def _wait(line: socket.socket, parent: int, announce: bool = False) -> NoReturn:
+    """The life of a child. ``announce``: its parent does not know its number yet."""
     status = 1
     try:
         _let_go()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:
+            if announce:
+                line.sendall(os.getpid().to_bytes(_PID_BYTES, sys.byteorder))
             status = _become(line)
     except BaseException:
         traceback.print_exc()
@@ -166,12 +332,16 @@ def _wait(line: socket.socket, parent: int) -> NoReturn:
 
 def _let_go() -> None:
     """Gives up what is the parent's: its lines to its other children and its own parent, and its signal handlers."""
+    global _line, _template
     for child in _waiting:
         child.line.close()
     _waiting.clear()
+    _template = None
     if _line is not None:
         _line.close()
+    _line = None
     _close(*_descriptors)
+    _descriptors.clear()
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)) and number != signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
@@ -196,12 +366,13 @@ def _become(line: socket.socket) -> int:
         process_obj = pickle.load(payload)
     finally:
         del this._inheriting
-    fork_ahead(_offspring.get(getattr(process_obj._target, "__name__", ""), 0))
+    if getattr(process_obj._target, "__name__", "") in _keepers:
+        keep_template()
     status: int = process_obj._bootstrap(parent_sentinel=line.fileno())
     return status
 
 
-def _take_environment(environment: Mapping[str, str]) -> None:
+def _take_environment(environment: dict[str, str]) -> None:
     # Only what differs: a process's title is written over its first environment, if that is still where it was.
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]

@@ -48,6 +48,7 @@ class RouterCollector(Collector):
             ("finished", "prompts whose batch was reported"),
             ("aborted", "prompts withdrawn by their client"),
             ("returned", "prompts that a rank lost and another got"),
+            ("quarantined", "prompts that were on a rank both times it died"),
         ):
             yield CounterMetricFamily(f"asyncep_router_prompts_{key}", text, value=state[key])
         yield histogram(

@@ -33,6 +33,7 @@ from asyncep_sgl.front.guard import abort_route, guard
 from asyncep_sgl.front.key_memory import read_keys
 from asyncep_sgl.group_gate import GroupGate, GroupHealth, watch
 from asyncep_sgl.model_support import read_config
+from asyncep_sgl.rank_health import RankHealth
 from asyncep_sgl.router_state import router_state
 
 # Requests of batches under way for each rank. The router lets others pass them; without it an interactive request
@@ -53,7 +54,12 @@ def main(arguments: list[str]) -> None:
     # First, as in sglang.launch_server: what is imported from here on is already hooked.
     load_plugins()
     from asyncep_sgl.front.seams import owner_of
-    from asyncep_sgl.front_start import admit_zero_max_tokens, fork_processes_ahead, leave_garbage_to_us
+    from asyncep_sgl.front_start import (
+        admit_zero_max_tokens,
+        fork_processes_ahead,
+        leave_garbage_to_us,
+        sglang_refuses,
+    )
     from asyncep_sgl.plugin import assert_active
 
     admit_zero_max_tokens()
@@ -63,6 +69,7 @@ def main(arguments: list[str]) -> None:
     from sglang.srt.utils import kill_process_tree
 
     from asyncep_sgl.scheduling.one_rank import run_router_of_one_rank
+    from asyncep_sgl.scheduling.questions import ask_who_is_there
 
     leave_garbage_to_us()
     config = AsyncEPConfig.from_environment()
@@ -70,7 +77,7 @@ def main(arguments: list[str]) -> None:
         raise SystemExit("this module is started by asyncep serve, not by hand")
     assert_active()
     if config.cpus and "fork-ahead" not in config.without:
-        fork_processes_ahead(config.ranks)
+        fork_processes_ahead()
     address = config.store_address
     _ask(address, Hello("front", os.getpid()), Welcome)
 
@@ -93,6 +100,10 @@ def main(arguments: list[str]) -> None:
     if config.router is not None:
         state_address = config.router.state_address
         app.add_api_route("/router/state", lambda: router_state(state_address), methods=["GET"])
+        rank_health = RankHealth(state_address, sglang_refuses)
+        ask_who_is_there(rank_health.ranks_there)
+        # Before SGLang's own of the same names.
+        app.router.routes[:0] = rank_health.routes()
     if config.router is not None or config.group.gathers:
         # SGLang adds its own route when it starts, after this one, and only with its --enable-metrics.
         app.routes.append(Route("/metrics", lambda request: _metrics(request, config, server_args)))

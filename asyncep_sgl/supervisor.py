@@ -157,6 +157,8 @@ class Supervisor:
         heard = len(self._signals)
         ended = select.poll()
         ended.register(wake, select.POLLIN)
+        # A rank that is just being started again asks for its experts; requests in flight may wait for it.
+        ended.register(self.store.descriptor, select.POLLIN)
         for descriptor, (name, _) in self._watched.items():
             if name == "front":
                 ended.register(descriptor, select.POLLIN)
@@ -165,6 +167,7 @@ class Supervisor:
             if left <= 0:
                 logger.warning("requests still in flight after %.0f s are dropped", self.grace_seconds)
                 return
+            self.store.serve_pending()
             ended.poll(left * 1000)
             with contextlib.suppress(BlockingIOError):
                 wake.recv(64)

@@ -14,7 +14,7 @@ from sglang.srt.utils.network import get_zmq_socket
 from asyncep_router.cost import ModelCost
 from asyncep_sgl.config import AsyncEPConfig
 from asyncep_sgl.model_support import read_config
-from asyncep_sgl.scheduling.reports import RankReporter
+from asyncep_sgl.scheduling.reports import RankReporter, start_beating
 
 CACHE_TOKENS = 4_000_000
 _MOST_IN_A_BATCH = 64
@@ -38,6 +38,7 @@ class _Batch:
     reqs: list[_Done]
     extend_lens: list[int]
     prefix_lens: list[int]
+    forward_iter: int = 0
 
 
 def run(server_args: Any, port_args: Any, _gpu: int, _tp: int, _pp: int, rank: int, ready: Any, *_: Any) -> None:
@@ -53,6 +54,7 @@ def run(server_args: Any, port_args: Any, _gpu: int, _tp: int, _pp: int, rank: i
     clients = get_zmq_socket(context, zmq.PUSH, port_args.tokenizer_ipc_name, False)
     cost = ModelCost.from_config(read_config(get_model().model_path, get_model().revision))
     reporter = RankReporter(rank, config.router.report_address, cost)
+    start_beating(rank, config.router.report_address)
     ready.send({"status": "ready", "max_total_num_tokens": CACHE_TOKENS, "max_req_input_len": CACHE_TOKENS})
     parent = os.getppid()
     while os.getppid() == parent:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import sys
 from multiprocessing.connection import Connection
 
@@ -15,6 +16,7 @@ def answer(pipe: Connection, status: int = 0) -> None:
     pipe.send(
         {
             "forked": "marker_of_the_parent" in sys.modules,
+            "imported": "sglang.srt.managers.data_parallel_controller" in sys.modules,
             "parent": os.getppid(),
             "MOOD": os.environ.get("MOOD"),
             "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
@@ -23,6 +25,12 @@ def answer(pipe: Connection, status: int = 0) -> None:
     )
     pipe.recv()
     sys.exit(status)
+
+
+def wait(pipe: Connection) -> None:
+    """Says that it runs, then does nothing until it is killed."""
+    pipe.send(True)
+    signal.pause()
 
 
 def ask(status: int = 0) -> tuple[dict[str, object], int]:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 START = """
 import json, os, resource, signal, sys, threading, time, types
-from asyncep_sgl.prefork import PreforkContext, fork_ahead, _waiting
+from asyncep_sgl.prefork import PreforkContext, fork_ahead, keep_template, reap_orphans, template_pid, _waiting
 from prefork_targets import ask, with_children
 sys.modules["marker_of_the_parent"] = types.ModuleType("marker_of_the_parent")
 """
@@ -75,7 +76,7 @@ print(json.dumps([fork_ahead(2), ask()]))
 def test_a_forked_process_forks_its_own_ahead_and_holds_nothing_of_others() -> None:
     (child, grandchildren), first = run(
         """
-fork_ahead(2, {"with_children": 3})
+fork_ahead(2, {"with_children"})
 first = ask()[0]
 context = PreforkContext()
 ours, theirs = context.Pipe()
@@ -92,6 +93,144 @@ process.join()
         assert found["descriptors"] == first["descriptors"]
 
 
+def test_a_template_is_never_used_up_and_its_children_are_their_owners() -> None:
+    answers, me, left = run(
+        """
+keep_template()
+answers = [ask(status) for status in range(12)]
+children = [child.pid for child in __import__("psutil").Process().children()]
+print(json.dumps([answers, os.getpid(), children == [template_pid()]]))
+"""
+    )
+    assert [status for _, status in answers] == list(range(12))
+    assert all(found["forked"] and found["parent"] == me for found, _ in answers)
+    # Nothing but the template is left: neither zombies nor the processes between.
+    assert left
+
+
+def test_a_template_serves_threads_and_outlives_none_of_them() -> None:
+    found, alive = run(
+        """
+from concurrent.futures import ThreadPoolExecutor
+keep_template()
+with ThreadPoolExecutor(6) as pool:
+    found = [done.result() for done in [pool.submit(ask, 1 + i) for i in range(6)]]
+# The thread that started it has ended; a process that is forked does not end with it.
+context = PreforkContext()
+from prefork_targets import answer
+ours, theirs = context.Pipe()
+process = context.Process(target=answer, args=(theirs,))
+thread = threading.Thread(target=process.start)
+thread.start()
+thread.join()
+ours.recv()
+time.sleep(0.2)
+alive = process.is_alive()
+ours.send("end")
+process.join()
+print(json.dumps([found, alive and process.exitcode == 0]))
+"""
+    )
+    assert sorted(status for _, status in found) == [1, 2, 3, 4, 5, 6]
+    assert all(answer["forked"] for answer, _ in found)
+    assert alive
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+def test_a_template_that_is_gone_is_replaced(how: str) -> None:
+    first, second, third, replaced = run(
+        f"""
+import asyncep_sgl.prefork as prefork
+prefork._TEMPLATE_SECONDS = 0.5
+keep_template()
+first = ask()
+old = template_pid()
+os.kill(old, signal.{how})
+second = ask(2)
+third = ask(3)
+print(json.dumps([first, second, third, [old != template_pid(), not os.path.exists(f"/proc/{{old}}")]]))
+"""
+    )
+    assert first[0]["forked"]
+    # The new one has imported SGLang, not what the test had in this process.
+    assert (second[1], third[1]) == (2, 3)
+    assert [answer["imported"] for answer, _ in (second, third)] == [True, True]
+    assert replaced == [True, True]
+
+
+@pytest.mark.parametrize("forked", ["True", "False"])
+def test_the_end_of_a_child_is_seen_on_the_pipe_that_it_was_to_write_to(forked: str) -> None:
+    assert run(
+        f"""
+from prefork_targets import wait
+if {forked}:
+    keep_template()
+context = PreforkContext()
+reader, writer = context.Pipe(duplex=False)
+process = context.Process(target=wait, args=(writer,))
+process.start()
+first = reader.recv()
+process.kill()
+try:
+    reader.recv()
+except EOFError:
+    print(json.dumps(first))
+"""
+    )
+
+
+def test_what_a_template_forked_ends_with_its_owner() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    script = (
+        START
+        + """
+from prefork_targets import answer
+keep_template()
+context = PreforkContext()
+ours, theirs = context.Pipe()
+process = context.Process(target=answer, args=(theirs,))
+process.start()
+ours.recv()
+print(process.pid, template_pid(), flush=True)
+time.sleep(60)
+"""
+    )
+    with subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        pids = [int(pid) for pid in owner.stdout.readline().split()]
+        assert len(pids) == 2
+        owner.kill()
+    wait_gone(pids)
+
+
+def test_orphans_are_reaped_and_children_left_alone() -> None:
+    found = run(
+        """
+keep_template()
+# A process whose parent ends comes to this one, the next subreaper above.
+reader, writer = os.pipe()
+child = os.fork()
+if child == 0:
+    orphan = os.fork()
+    if orphan == 0:
+        time.sleep(0.2)
+        os._exit(7)
+    os.write(writer, str(orphan).encode())
+    os._exit(3)
+orphan = int(os.read(reader, 20))
+while __import__("psutil").Process(orphan).status() != "zombie":
+    time.sleep(0.02)
+while __import__("psutil").Process(child).status() != "zombie":
+    time.sleep(0.02)
+reap_orphans({child})
+first = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+reap_orphans({template_pid()})
+print(json.dumps([first, os.path.exists(f"/proc/{orphan}")]))
+"""
+    )
+    assert found == [3, False]
+
+
 def test_children_that_wait_end_with_their_parent() -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     script = START + "fork_ahead(3)\nprint(*[c.pid for c in _waiting], flush=True)\ntime.sleep(60)"
@@ -100,7 +239,11 @@ def test_children_that_wait_end_with_their_parent() -> None:
         children = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(children) == 3
         parent.kill()
+    wait_gone(children)
+
+
+def wait_gone(pids: list[int]) -> None:
     deadline = time.monotonic() + 10
-    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in children):
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.05)

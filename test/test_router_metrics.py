@@ -26,6 +26,7 @@ def state() -> dict[str, Any]:
         "finished": 6,
         "aborted": 1,
         "returned": 0,
+        "quarantined": 0,
         "decision_seconds": durations.snapshot(),
     }
 

@@ -6,23 +6,22 @@ policy has a rank for them, hears from the ranks what became of them, starts a d
 
 from __future__ import annotations
 
-import collections
 import itertools
 import json
 import logging
 import math
 import os
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import zmq
-from sglang.srt.managers.data_parallel_controller import DataParallelController
 from sglang.srt.managers.io_struct import (
     AbortReq,
     BatchTokenizedGenerateReqInput,
+    ContinueGenerationReqInput,
     FlushCacheReqInput,
+    PauseGenerationReqInput,
     TokenizedGenerateReqInput,
     sock_recv,
     sock_send,
@@ -31,7 +30,7 @@ from sglang.srt.managers.io_struct import (
 )
 from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.observability.req_time_stats import DPControllerReqTimeStats
-from sglang.srt.runtime_context import get_memory, get_model, get_schedule
+from sglang.srt.runtime_context import get_model, get_schedule
 from sglang.srt.utils.network import get_zmq_socket
 
 from asyncep_router.cost import ModelCost
@@ -44,62 +43,39 @@ from asyncep_router.policy import Frontend
 from asyncep_router.radix import new_view
 from asyncep_sgl.config import AsyncEPConfig
 from asyncep_sgl.experts.client import StoreClient
-from asyncep_sgl.experts.messages import Done, Failed, Hello, Welcome
+from asyncep_sgl.experts.messages import Hello, Welcome
 from asyncep_sgl.model_support import read_config
+from asyncep_sgl.router_state import HEALTH
+from asyncep_sgl.scheduling.fingerprints import fingerprint
 from asyncep_sgl.scheduling.limits import limits_of
-from asyncep_sgl.scheduling.restarts import RestartPolicy
-from asyncep_sgl.scheduling.wire import Finished, Threshold, decode
+from asyncep_sgl.scheduling.rank_life import RankLife
+from asyncep_sgl.scheduling.suspects import Suspects
+from asyncep_sgl.scheduling.wire import Beat, Finished, Started, Threshold, decode
 
 logger = logging.getLogger(__name__)
 decisions = logging.getLogger("asyncep.decisions")
 
 # Requests taken from the tokenizer before the policy is asked: company that has already arrived is seen together.
 _GULP = 256
-# A request is not sent to another rank after this many had it when they died.
-_MOST_DEATHS = 3
-# Upstream's watchdog wants to be fed now and then even when nothing happens.
-_LONGEST_SLEEP_SECONDS = 5.0
+# Upstream's watchdog wants to be fed even when nothing happens, and silent ranks make no event.
+_LONGEST_SLEEP_SECONDS = 1.0
+# Between looks at whether a rank that is back has connected.
+_UNTIL_CONNECTED_SECONDS = 0.01
 
 
-class _ProcessList(list[Any]):
-    """Upstream appends a rank's process in the thread that starts it; ranks start in parallel, so ask by thread."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._by_thread: dict[int, Any] = {}
-
-    def append(self, process: Any) -> None:
-        super().append(process)
-        self._by_thread[threading.get_ident()] = process
-
-    def started_here(self) -> Any:
-        """The process this thread started last."""
-        return self._by_thread.pop(threading.get_ident())
-
-
-class RouterController(DataParallelController):  # type: ignore[misc] # upstream is untyped
+class RouterController(RankLife):
     """SGLang's controller with the policy of `asyncep_router` in place of its own.
 
-    One thread owns the policy and the sockets. Ranks are started by threads of their own, which only post to it.
+    One thread owns the policy and the sockets.
     """
-
-    config: AsyncEPConfig
 
     def __init__(self, server_args: Any, port_args: Any, *args: Any, **kwargs: Any) -> None:
         config = AsyncEPConfig.from_environment()
         if config is None or config.router is None:
             raise RuntimeError("the router was installed without a configuration")
         self.config = config
-        self._rank_port_args: dict[int, Any] = {}
-        self._processes: dict[int, Any] = {}
-        self._restarts = RestartPolicy()
-        self._deaths_with: collections.Counter[str] = collections.Counter()
-        self._restarted: collections.Counter[int] = collections.Counter()
         self._decision_seconds = Durations()
         self._submit_seconds = 0.0  # spent on requests that came since the last dispatch
-        # Threads that start ranks post here and wake the loop.
-        self._posts: collections.deque[tuple[str, int, str]] = collections.deque()
-        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         store = StoreClient(config.store_address)
         store.ask(Hello("controller", os.getpid()), Welcome)
         store.close()
@@ -125,110 +101,13 @@ class RouterController(DataParallelController):  # type: ignore[misc] # upstream
         # Twice what all ranks can hold: prefixes under way count as held before they are.
         budget = 2 * self.launch_dp_size * self.max_total_num_tokens
         self.frontend = Frontend(cost, new_view(budget, get_schedule().page_size or 1), limits)
+        self.suspects = Suspects(self.frontend, self._answer_aborted, fingerprint)
         for rank in range(self.launch_dp_size):
             self._join(rank)
-        self._poller = zmq.Poller()
         for readable in (self.recv_from_tokenizer, self._reports, self._state, self._wake_read):
             self._poller.register(readable, zmq.POLLIN)
         for rank, process in self._processes.items():
             self._watch(rank, process)
-
-    # --- ranks --------------------------------------------------------------------------------------------------
-
-    def launch_tensor_parallel_group(self, server_args: Any, port_args: Any, base_gpu_id: int, dp_rank: int) -> None:
-        """Starts one rank and returns when it is ready (upstream's), keeping what is needed to start it again."""
-        self._rank_port_args[dp_rank] = (server_args, port_args, base_gpu_id)
-        super().launch_tensor_parallel_group(server_args, port_args, base_gpu_id, dp_rank)
-        self._processes[dp_rank] = self.scheduler_procs.started_here()
-
-    def launch_dp_schedulers(self, server_args: Any, port_args: Any) -> None:
-        """Starts all ranks in parallel (upstream's)."""
-        self.scheduler_procs = _ProcessList()
-        super().launch_dp_schedulers(server_args, port_args)
-
-    def _watch(self, rank: int, process: Any) -> None:
-        self._processes[rank] = process
-        self._poller.register(process.sentinel, zmq.POLLIN)
-
-    def _join(self, rank: int) -> None:
-        self.frontend.rank_joined(
-            rank,
-            caches=not get_memory().disable_radix_cache,
-            cache_tokens=self.max_total_num_tokens,
-            gathers=self.config.group.gathers,
-        )
-
-    def _rank_died(self, rank: int, now: float) -> None:
-        process = self._processes.pop(rank)
-        self._poller.unregister(process.sentinel)
-        process.join()
-        self.scheduler_procs.remove(process)
-        self.status[rank] = False
-        self._refresh_active_workers()
-        returned = self.frontend.rank_died(rank)
-        for request in returned:
-            self._refuse_if_deadly(request.rid)
-        logger.warning(
-            "rank %d ended with status %s; %d requests go elsewhere, the rank is started again",
-            rank,
-            process.exitcode,
-            len(returned),
-        )
-        if not self._restarts.died(rank, now):
-            self._give_up(f"rank {rank} died more than {self._restarts.most} times in {self._restarts.window:.0f} s")
-        threading.Thread(target=self._restart, args=(rank,), name=f"restart-rank-{rank}", daemon=True).start()
-
-    def _refuse_if_deadly(self, rid: str) -> None:
-        """A request that was on several ranks when they died may be why; the others should not die of it too."""
-        self._deaths_with[rid] += 1
-        if self._deaths_with[rid] < _MOST_DEATHS:
-            return
-        del self._deaths_with[rid]
-        self.frontend.abort(rid)
-        self._answer_aborted(rid, f"{_MOST_DEATHS} ranks ended while they had this request", 500)
-
-    def _restart(self, rank: int) -> None:
-        """Runs in a thread, for good: a rank ends with the thread that started it (its parent, to the kernel)."""
-        server_args, port_args, base_gpu_id = self._rank_port_args[rank]
-        try:
-            self.launch_tensor_parallel_group(server_args, port_args, base_gpu_id, rank)
-        except Exception as error:
-            self._post("failed", rank, f"{type(error).__name__}: {error}")
-            return
-        self._post("ready", rank, "")
-        threading.Event().wait()
-
-    def _post(self, what: str, rank: int, detail: str) -> None:
-        self._posts.append((what, rank, detail))
-        os.write(self._wake_write, b"x")
-
-    def _take_posts(self, now: float) -> None:
-        try:
-            os.read(self._wake_read, 4096)
-        except BlockingIOError:
-            return
-        while self._posts:
-            what, rank, detail = self._posts.popleft()
-            if what == "ready":
-                self._watch(rank, self._processes[rank])
-                self._restarted[rank] += 1
-                self.status[rank] = True
-                self._refresh_active_workers()
-                self._join(rank)
-                logger.warning("rank %d is back", rank)
-                continue
-            # It died while starting: its process is not watched yet.
-            logger.warning("rank %d could not be started again (%s)", rank, detail)
-            if not self._restarts.died(rank, now):
-                self._give_up(f"rank {rank} cannot be started again: {detail}")
-            threading.Thread(target=self._restart, args=(rank,), daemon=True).start()
-
-    def _give_up(self, reason: str) -> None:
-        """Ends the server with a reason; upstream turns the exception into the end of every process."""
-        line = StoreClient(self.config.store_address)
-        line.ask(Failed(-1, reason), Done, patience=1.0)
-        line.close()
-        raise RuntimeError(reason)
 
     # --- requests -----------------------------------------------------------------------------------------------
 
@@ -237,6 +116,8 @@ class RouterController(DataParallelController):  # type: ignore[misc] # upstream
         del refresh_load_budget
         if is_health_check_generate_req(req):
             self._send_health_check(req)
+            return
+        if self.suspects.refused(req, time.monotonic()):
             return
         request = Request(
             rid=req.rid,
@@ -269,7 +150,10 @@ class RouterController(DataParallelController):  # type: ignore[misc] # upstream
     def _send(self, dispatches: Sequence[Dispatch]) -> None:
         """What goes to a rank in one turn goes as one message: the rank sees it at once, for its next batch."""
         for rank, company in itertools.groupby(sorted(dispatches, key=_rank_of), _rank_of):
-            self._send_to(rank, list(company))
+            sent = list(company)
+            if len(self.frontend.requests_in_flight(rank)) == len(sent):
+                self._vigil.moved(rank)  # it had nothing to do until now
+            self._send_to(rank, sent)
 
     def _send_to(self, rank: int, dispatches: Sequence[Dispatch]) -> None:
         if not self._reachable(rank):
@@ -300,24 +184,29 @@ class RouterController(DataParallelController):  # type: ignore[misc] # upstream
     def send_control_message(self, obj: Any) -> None:
         """Everything that is no request goes to all ranks; what concerns waiting requests is also done here."""
         if isinstance(obj, AbortReq):
-            withdrawn = self.frontend.abort(obj.rid, prefix=True, everything=obj.abort_all)
-            for request in withdrawn:
-                self._answer_aborted(request.rid, "Abort in waiting queue", None)
-            for rid in self.frontend.in_flight(obj.rid, everything=obj.abort_all):
-                # A rank drops it without a word, or finishes it all the same; neither is charged any longer.
-                self.frontend.abandon(rid)
+            withdrawn, forward = self.suspects.abort(obj.rid or "", obj.abort_all)
+            for rid in withdrawn:
+                self._answer_aborted(rid, "Abort in waiting queue", None)
+            if not forward:
+                return
         elif isinstance(obj, FlushCacheReqInput):
             for rank in range(self.launch_dp_size):
                 self.frontend.cache_cleared(rank)
+        elif isinstance(obj, PauseGenerationReqInput | ContinueGenerationReqInput):
+            self._paused = isinstance(obj, PauseGenerationReqInput)
         for rank in self._active_workers:
             if self._reachable(rank):
                 sock_send(self.workers[rank], obj)
+
+    def send_to_all_workers(self, obj: Any) -> None:
+        """What SGLang sends to all ranks by another way than `send_control_message`."""
+        self.send_control_message(obj)
 
     def _answer_aborted(self, rid: str, message: str, status: int | None) -> None:
         """Tells the tokenizer that a request has ended here, so that its client does not wait."""
         reason: dict[str, Any] = {"type": "abort", "message": message}
         if status is not None:
-            reason.update(status_code=status, err_type="BadRequestError")
+            reason.update(status_code=status, err_type="BadRequestError" if status < 500 else "InternalServerError")
         sock_send(self._to_tokenizer, AbortReq(rid=rid, finished_reason=reason, abort_message=message))
 
     # --- the loop -----------------------------------------------------------------------------------------------
@@ -328,10 +217,9 @@ class RouterController(DataParallelController):  # type: ignore[misc] # upstream
         while True:
             self.soft_watchdog.feed()
             now = time.monotonic()
-            wakeup = self.frontend.next_wakeup(now)
-            sleep = _LONGEST_SLEEP_SECONDS if wakeup is None else min(_LONGEST_SLEEP_SECONDS, max(0.0, wakeup - now))
-            ready = dict(self._poller.poll(math.ceil(sleep * 1000)))
+            ready = dict(self._poller.poll(math.ceil(self._sleep_seconds(now) * 1000)))
             now = time.monotonic()
+            self._vigil.look(now)
             # Reports before deaths: what a rank finished before it died need not be computed again.
             self._take_reports(now)
             for rank, process in list(self._processes.items()):
@@ -339,11 +227,21 @@ class RouterController(DataParallelController):  # type: ignore[misc] # upstream
                     self._rank_died(rank, now)
             if self._wake_read in ready:
                 self._take_posts(now)
+            self._end_stuck_ranks()
+            self._send_probes()
             self._take_requests()
+            self._send(self.suspects.step(self.ranks_serving(), now))
             self._send(self._decide())
             if self._state in ready:
-                self._state.recv()
-                self._state.send(json.dumps(self.state()).encode())
+                asked = self._state.recv()
+                self._state.send(json.dumps(self.health() if asked == HEALTH else self.state()).encode())
+
+    def _sleep_seconds(self, now: float) -> float:
+        if not all(self._probing.values()):
+            return _UNTIL_CONNECTED_SECONDS
+        wakeups = (self.frontend.next_wakeup(now), self.suspects.next_wakeup(now))
+        sleeps = [max(0.0, wakeup - now) for wakeup in wakeups if wakeup is not None]
+        return min([_LONGEST_SLEEP_SECONDS, *sleeps])
 
     def _decide(self) -> list[Dispatch]:
         """What is to be sent now. A turn's decisions count as equally long: requests that came in it are filed, and
@@ -371,11 +269,16 @@ class RouterController(DataParallelController):  # type: ignore[misc] # upstream
             except zmq.Again:
                 return
             if isinstance(message, Finished):
-                self.frontend.report(
-                    BatchReport(message.rank, message.rids, message.flops, message.seconds, message.cached), now
-                )
-                for rid in message.rids if self._deaths_with else ():
-                    self._deaths_with.pop(rid, None)
+                if message.rank not in self._probing:  # one token says nothing about its speed
+                    self.frontend.report(
+                        BatchReport(message.rank, message.rids, message.flops, message.seconds, message.cached), now
+                    )
+                self.suspects.batch_finished(message.rank, message.batch, message.rids)
+                self._computed(message.rank)
+            elif isinstance(message, Started):
+                self.suspects.batch_started(message.rank, message.batch, message.rids)
+            elif isinstance(message, Beat):
+                self._beat(message.rank, message.pid)
             elif isinstance(message, Threshold):
                 # Less is too small to compute well, however fast its gathers are.
                 floor = self.frontend.cost.threshold_per_layer(self.frontend.limits.least_batch)
@@ -384,10 +287,20 @@ class RouterController(DataParallelController):  # type: ignore[misc] # upstream
                 for event in decode_batch(message.payload).events:
                     self.frontend.apply_event(message.rank, event)
 
+    def health(self) -> dict[str, Any]:
+        """Whether ranks live and move, for ``GET /health``."""
+        return {
+            "serving": [[rank, self._restarted[rank]] for rank in self.ranks_serving()],
+            "starting": sorted({*self._starting, *self._probing}),
+            "silent_seconds": {rank: self._vigil.silent_for(rank) for rank in self.ranks_serving()},
+        }
+
     def state(self) -> dict[str, Any]:
         """What the policy knows, for ``GET /router/state``."""
         found = self.frontend.snapshot()
         found["alive"] = [bool(self.status[rank]) for rank in range(self.launch_dp_size)]
+        found["suspects"] = self.suspects.quarantine.waiting
+        found["quarantined"] = self.suspects.condemned
         found["restarts"] = [self._restarted[rank] for rank in range(self.launch_dp_size)]
         found["decision_seconds"] = self._decision_seconds.snapshot()
         # For a router in front, which has one figure for when a rank is full and for what it is given.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
+import time
 from typing import Any
 
 import msgspec
@@ -11,8 +15,11 @@ from sglang.srt.disaggregation.kv_events import EventBatch, EventPublisher
 
 from asyncep_router.cost import ModelCost
 from asyncep_sgl.scheduling.cache_events import joined
-from asyncep_sgl.scheduling.wire import CacheEvents, Finished, RankMessage, Threshold, encode
+from asyncep_sgl.scheduling.wire import Beat, CacheEvents, Finished, RankMessage, Started, Threshold, encode
 from asyncep_sgl.zmq_end import ends_with
+
+# Often enough that a router which waits ten seconds has missed nine.
+_BEAT_SECONDS = 1.0
 
 
 class RankReporter:
@@ -28,6 +35,10 @@ class RankReporter:
         self._socket.set_hwm(0)
         self._socket.connect(address)
 
+    def batch_started(self, number: int, batch: Any) -> None:
+        """Reports SGLang's ``ScheduleBatch``, the ``number``-th, before anything of it is computed."""
+        self._send(Started(self.rank, number, tuple(request.rid for request in batch.reqs)))
+
     def batch_done(self, batch: Any, seconds: float) -> None:
         """Reports SGLang's ``ScheduleBatch``, just processed, that took ``seconds``."""
         passes = list(zip(batch.extend_lens or (), batch.prefix_lens or (), strict=True))
@@ -40,6 +51,7 @@ class RankReporter:
                 flops=float(self._cost.batch_flops(passes)),
                 seconds=seconds,
                 cached={request.rid: request.cached_tokens for request in finished},
+                batch=batch.forward_iter,
             )
         )
 
@@ -57,6 +69,26 @@ class RankReporter:
         except zmq.Again:
             # No router there. It will learn from its ranks' deaths or its own; there is nobody to tell.
             return
+
+
+def start_beating(rank: int, address: str) -> None:
+    """Starts a thread that tells the router once a second, for as long as the process runs, that it does.
+
+    It needs the interpreter for a moment only, which every kernel leaves to it.
+    """
+
+    def beat() -> None:
+        message = encode(Beat(rank, os.getpid()))
+        # A line of its own: a socket belongs to one thread.
+        with zmq.Context() as context, context.socket(zmq.PUSH) as line:
+            line.linger = 0
+            line.connect(address)
+            while True:
+                with contextlib.suppress(zmq.Again):  # the router is not there
+                    line.send(message, zmq.NOBLOCK)
+                time.sleep(_BEAT_SECONDS)
+
+    threading.Thread(target=beat, name="asyncep-beat", daemon=True).start()
 
 
 class RouterEventPublisher(EventPublisher):  # type: ignore[misc] # upstream is untyped

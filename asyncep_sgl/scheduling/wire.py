@@ -14,6 +14,7 @@ class Finished(msgspec.Struct, tag=True, frozen=True, array_like=True):
         flops: by the cost model, from the tokens the batch really computed.
         seconds: from the launch of the batch until its results were out.
         cached: prompt tokens each request found in the rank's cache.
+        batch: its number, as `Started` told it.
     """
 
     rank: int
@@ -21,6 +22,22 @@ class Finished(msgspec.Struct, tag=True, frozen=True, array_like=True):
     flops: float
     seconds: float
     cached: dict[str, int]
+    batch: int = 0
+
+
+class Started(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """``rank`` begins to compute its batch number ``batch``, which has a part of each of ``rids``."""
+
+    rank: int
+    batch: int
+    rids: tuple[str, ...]
+
+
+class Beat(msgspec.Struct, tag=True, frozen=True, array_like=True):
+    """The process of ``rank`` lives, whatever it computes."""
+
+    rank: int
+    pid: int
 
 
 class CacheEvents(msgspec.Struct, tag=True, frozen=True, array_like=True):
@@ -37,7 +54,7 @@ class Threshold(msgspec.Struct, tag=True, frozen=True, array_like=True):
     layer_flops: float
 
 
-RankMessage = Finished | CacheEvents | Threshold
+RankMessage = Finished | CacheEvents | Threshold | Started | Beat
 _decoder = msgspec.msgpack.Decoder(RankMessage)
 
 

@@ -30,6 +30,8 @@ class Reason(StrEnum):
     """Its deadline came: the best rank, with or without room."""
     PINNED = "pinned"
     """The caller named the rank."""
+    ALONE = "alone"
+    """It was set aside, and the caller sends it when nothing else is on the rank."""
 
 
 @dataclass(slots=True, eq=False)

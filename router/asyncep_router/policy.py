@@ -67,6 +67,7 @@ class Frontend:
         self._pinned: dict[int, OrderedDict[str, Entry]] = {}
         self._waiting: dict[str, Entry] = {}
         self._flying: dict[str, Entry] = {}
+        self._aside: dict[str, Entry] = {}
         self._deadlines: list[tuple[float, int, str]] = []
         self._arrivals: list[tuple[float, int, str]] = []
         self._caching = 0
@@ -141,7 +142,7 @@ class Frontend:
     def submit(self, request: Request, now: float) -> None:
         """A request arrives. Raises `DuplicateRequestError`, `UnknownRankError` (pinned to no rank)."""
         rid = request.rid
-        if rid in self._waiting or rid in self._flying:
+        if rid in self._waiting or rid in self._flying or rid in self._aside:
             raise DuplicateRequestError(f"{rid!r} is pending or in flight already")
         if request.pinned is not None and request.pinned not in self._pinned:
             raise UnknownRankError(f"{rid!r} asks for rank {request.pinned}, which never joined")
@@ -165,14 +166,17 @@ class Frontend:
         Returns those withdrawn: they were never sent, and answering them is up to the caller. Requests in
         flight stay charged until their rank reports them or `abandon` is called.
         """
-        if everything:
-            entries = list(self._waiting.values())
-        elif prefix:
-            entries = [entry for name, entry in self._waiting.items() if name.startswith(rid)]
-        else:
-            entries = [self._waiting[rid]] if rid in self._waiting else []
+        entries: list[Entry] = []
+        for kept in (self._waiting, self._aside):
+            if everything:
+                entries += kept.values()
+            elif prefix:
+                entries += [entry for name, entry in kept.items() if name.startswith(rid)]
+            elif rid in kept:
+                entries.append(kept[rid])
         for entry in entries:
-            self._unwait(entry)
+            if self._aside.pop(entry.request.rid, None) is None:
+                self._unwait(entry)
         self.counters.aborted += len(entries)
         return [entry.request for entry in entries]
 
@@ -199,6 +203,26 @@ class Frontend:
         self.counters.returned += 1
         self._wait(self._landed(charge))
         return True
+
+    def set_aside(self, rid: str) -> bool:
+        """A waiting request is no longer the policy's to send: it waits for `send_alone` or `abort`.
+
+        True if it was waiting.
+        """
+        entry = self._waiting.get(rid)
+        if entry is None:
+            return False
+        self._unwait(entry)
+        self._aside[rid] = entry
+        return True
+
+    def send_alone(self, rid: str, rank: int, now: float) -> Dispatch | None:
+        """A request that was set aside goes to a rank, which need not accept work. None if it is not there."""
+        entry = self._aside.pop(rid, None)
+        if entry is None:
+            return None
+        self._wait(entry)
+        return self._dispatch(entry, rank, Reason.ALONE, now)
 
     # Decisions
 
@@ -259,6 +283,15 @@ class Frontend:
         """Ids of what a rank has not reported yet, in order of dispatch."""
         return list(self.ledger.account(rank).in_flight)
 
+    def requests_waiting(self) -> list[Request]:
+        """What has not been sent: requests that wait in the router and those set aside."""
+        return [entry.request for kept in (self._waiting, self._aside) for entry in kept.values()]
+
+    def request(self, rid: str) -> Request | None:
+        """A request in flight; None if it waits or is unknown."""
+        entry = self._flying.get(rid)
+        return None if entry is None else entry.request
+
     def snapshot(self) -> dict[str, Any]:
         """The state as plain data, for `/router/state` and metrics. FLOPs, tokens, counts."""
         ranks = {}
@@ -286,6 +319,7 @@ class Frontend:
         counters = {name: getattr(self.counters, name) for name in Counters.__slots__}
         return {
             "pending": self.pending,
+            "set_aside": len(self._aside),
             "pending_flops": self.placing.waiting_flops,
             "view_tokens": self.view.total_tokens,
             "unknown_reports": self.ledger.unknown_reports,
@@ -310,7 +344,7 @@ class Frontend:
             raise IntegrityError(f"{flops} FLOPs wait, {self.placing.waiting_flops} booked")
         counters = self.counters
         left = counters.submitted - counters.finished - counters.aborted
-        if left != len(self._waiting) + len(self._flying):
+        if left != len(self._waiting) + len(self._flying) + len(self._aside):
             raise IntegrityError(f"{left} requests are neither finished nor aborted: {counters}")
         for rank in self._pinned:
             account = self.ledger.account(rank)

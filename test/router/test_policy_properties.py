@@ -47,6 +47,7 @@ class FrontendMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.next = 0
         self.waiting: dict[str, Request] = {}
+        self.aside: dict[str, Request] = {}
         self.flying: dict[str, Dispatch] = {}
         self.sent_at: dict[str, float] = {}
         self.settled: dict[int, int] = dict.fromkeys(range(RANKS), 0)
@@ -153,14 +154,47 @@ class FrontendMachine(RuleBasedStateMachine):
         for front in self.fronts:
             front.cache_cleared(rank)
 
-    @precondition(lambda self: self.waiting or self.flying)
+    @precondition(lambda self: self.waiting or self.flying or self.aside)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
-        rid = data.draw(st.sampled_from(sorted([*self.waiting, *self.flying])))
+        rid = data.draw(st.sampled_from(sorted([*self.waiting, *self.flying, *self.aside])))
         for front in self.fronts:
             withdrawn = [request.rid for request in front.abort(rid)]
-            assert withdrawn == ([rid] if rid in self.waiting else [])
+            assert withdrawn == ([rid] if rid not in self.flying else [])
         self.waiting.pop(rid, None)
+        self.aside.pop(rid, None)
+
+    @precondition(lambda self: self.waiting or self.flying)
+    @rule(data=st.data())
+    def set_aside(self, data: st.DataObject) -> None:
+        rid = data.draw(st.sampled_from(sorted([*self.waiting, *self.flying])))
+        for front in self.fronts:
+            assert front.set_aside(rid) == (rid in self.waiting)
+        if rid in self.waiting:
+            self.aside[rid] = self.waiting.pop(rid)
+
+    @precondition(lambda self: self.aside)
+    @rule(data=st.data(), accepting=st.booleans())
+    def send_alone(self, data: st.DataObject, accepting: bool) -> None:
+        rid = data.draw(st.sampled_from(sorted(self.aside)))
+        request = self.aside.pop(rid)
+        rank = data.draw(st.sampled_from(sorted(self.alive or {0}))) if request.pinned is None else request.pinned
+        sent = [self._send_alone(front, rid, rank, accepting) for front in self.fronts]
+        assert sent[0] == sent[1]
+        assert (sent[0].rid, sent[0].rank) == (rid, rank)
+        self.flying[rid] = sent[0]
+        self.sent_at[rid] = self.now
+
+    def _send_alone(self, front: Frontend, rid: str, rank: int, accepting: bool) -> Dispatch:
+        """Whether the rank takes work does not matter, before or after."""
+        if rank in self.alive and not accepting:
+            front.set_accepting(rank, False)
+        dispatch = front.send_alone(rid, rank, self.now)
+        assert dispatch is not None
+        assert front.send_alone(rid, rank, self.now) is None
+        if rank in self.alive and not accepting:
+            front.set_accepting(rank, True)
+        return dispatch
 
     @invariant()
     def books_agree(self) -> None:
@@ -176,6 +210,12 @@ class FrontendMachine(RuleBasedStateMachine):
         """In the end everything is dispatched, if only one rank lives."""
         for rank in range(RANKS):
             self._join(rank)
+        for rid, request in list(self.aside.items()):
+            dispatches = [front.send_alone(rid, request.pinned or 0, self.now) for front in self.fronts]
+            assert dispatches[0] is not None
+            self.flying[rid] = dispatches[0]
+            self.sent_at[rid] = self.now
+        self.aside.clear()
         for _ in range(1000):
             self.poll(1.0)
             if not self.flying and not self.waiting:

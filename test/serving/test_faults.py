@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -108,7 +109,9 @@ def test_an_ordered_stop_answers_what_is_in_flight(
         refused = answer if answer.status_code == 503 else None
     assert "stopping" in refused.text
     for pid in ranks:
-        os.kill(pid, signal.SIGCONT)
+        # On a slow machine it has stood still for so long that the router has replaced it.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
     load.join(60)
     assert load.results.count(200) == CLIENTS, load.results
     assert server.process.wait(15) == 0
