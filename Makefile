@@ -62,6 +62,9 @@ bench-prefill: setup ## tokens/s and MFU of prefill on CPUs beside stock SGLang'
 bench-prefill-scaling: setup ## time against tokens a batch, tokens a prompt and experts, fitted and plotted
 	@$(PY) bench/prefill_scaling.py $(QUICK) $(ARGS)
 
+bench-fairness: setup ## single requests of one client beside lists, floods, batches and long texts of another (ARGS="--only list")
+	@$(PY) bench/fairness.py $(QUICK) $(ARGS)
+
 bench-starts: setup ## starts and restarts of ranks, with processes forked ahead and without (ARGS="--rounds 5")
 	@$(PY) bench/starts.py $(QUICK) $(ARGS)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +28,19 @@ from asyncep_sgl.batches.mark import in_batch
 from asyncep_sgl.config import AsyncEPConfig
 from asyncep_sgl.errors import SeamError, StoreError
 from asyncep_sgl.experts.manager import ExpertManager
+from asyncep_sgl.front import lists
+from asyncep_sgl.front.caller import caller
 from asyncep_sgl.front.seams import FRONT_SEAMS, admit, count_answer
+from asyncep_sgl.front.tokenizing import tokenize
 from asyncep_sgl.lifeline import die_with
 from asyncep_sgl.model_support import read_config
 from asyncep_sgl.platform import fallbacks
 from asyncep_sgl.platform.cpu import AnyCpuPlatform
 from asyncep_sgl.scheduling import questions
+from asyncep_sgl.scheduling.marks import put_on
 from asyncep_sgl.scheduling.reports import RankReporter, RouterEventPublisher, start_beating
 from asyncep_sgl.seam import Seam
-from asyncep_sgl.validation import check_prefill_only, check_prompt
+from asyncep_sgl.validation import check_prefill_only, check_priority, check_prompt
 
 if TYPE_CHECKING:
     from asyncep_sgl.weight_gather import RankGather
@@ -226,11 +230,28 @@ def _before_detokenizing(_manager: Any) -> None:
 # --- front (HTTP, tokenizer) -------------------------------------------------------------------------------------
 
 
-def _before_generate(manager: Any, obj: Any, *_: Any, **__: Any) -> None:
+def _before_generate(manager: Any, obj: Any, request: Any = None, *_: Any, **__: Any) -> None:
     """Fields are looked at before SGLang spreads a batch over its requests."""
     admit(manager, obj, _active_config())
+    # Requests of this process itself have no caller.
+    check_priority(obj.priority, admin=request is None or caller.get().admin)
     if in_batch.get() and obj.priority is None and _router_has_priorities(manager.server_args):
         obj.priority = _BATCH_PRIORITY
+    obj.http_worker_ipc = None
+    if _active_config().router is not None:
+        address = getattr(request, "client", None)
+        put_on(obj, caller.get().name or (address.host if address else ""))
+
+
+def _around_generate(
+    original: Callable[..., AsyncGenerator[Any, None]], manager: Any, obj: Any, request: Any = None
+) -> Any:
+    """A long list is served in parts, so that others are heard in between."""
+    _before_generate(manager, obj, request)
+    some = lists.parts(obj)
+    if some is None:
+        return original(manager, obj, request)
+    return lists.served(some, lambda part: original(manager, part, request))
 
 
 def _router_has_priorities(server_args: Any) -> bool:
@@ -373,9 +394,15 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         f"{_TOKENIZER}.generate_request",
-        _before_generate,
-        HookType.BEFORE,
+        _around_generate,
+        HookType.AROUND,
         ("self", "obj", "request"),
+    ),
+    Seam(
+        f"{_TOKENIZER}._tokenize_texts",
+        tokenize,
+        HookType.AROUND,
+        ("self", "texts", "is_cross_encoder"),
     ),
     Seam(
         f"{_TOKENIZER}._validate_one_request",

@@ -33,6 +33,23 @@ def check_prompt(input_ids: Sequence[int] | None, vocabulary: int) -> None:
             raise ValueError(f"input_ids[{position}]: token id {token} is outside the vocabulary [0, {vocabulary})")
 
 
+def check_priority(priority: int | None, *, admin: bool) -> None:
+    """Refuses a priority that would let its request pass others'.
+
+    Args:
+        priority: of the request; None has the normal one, which is 0.
+        admin: whether the caller has the admin key.
+
+    Raises:
+        ValueError: it is above the normal one, and the caller is not the administrator.
+    """
+    if priority is not None and priority > 0 and not admin:
+        raise ValueError(
+            f"priority: {priority} goes before other clients' requests, which takes the admin key (--admin-api-key); "
+            "leave it out, or use 0 or less"
+        )
+
+
 def check_prefill_only(sampling_params: Mapping[str, Any]) -> None:
     """Refuses a request that would decode.
 

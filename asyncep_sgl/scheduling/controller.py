@@ -46,6 +46,7 @@ from asyncep_sgl.experts.client import StoreClient
 from asyncep_sgl.experts.messages import Hello, Welcome
 from asyncep_sgl.model_support import read_config
 from asyncep_sgl.router_state import HEALTH
+from asyncep_sgl.scheduling import marks
 from asyncep_sgl.scheduling.fingerprints import fingerprint
 from asyncep_sgl.scheduling.limits import limits_of
 from asyncep_sgl.scheduling.rank_life import RankLife
@@ -61,6 +62,8 @@ _GULP = 256
 _LONGEST_SLEEP_SECONDS = 1.0
 # Between looks at whether a rank that is back has connected.
 _UNTIL_CONNECTED_SECONDS = 0.01
+# Each priority in use costs every decision a little; beyond these they count as these.
+_MOST_PRIORITY = 10
 
 
 class RouterController(RankLife):
@@ -114,6 +117,7 @@ class RouterController(RankLife):
     def dispatching_with_trace(self, req: Any, refresh_load_budget: bool = True) -> None:
         """A tokenized request has come: into the policy with it, or on its way if it only asks for a sign of life."""
         del refresh_load_budget
+        whose = marks.taken_off(req)
         if is_health_check_generate_req(req):
             self._send_health_check(req)
             return
@@ -124,10 +128,13 @@ class RouterController(RankLife):
             token_ids=req.input_ids,
             arrival=time.monotonic(),
             logits=_logit_positions(req),
-            priority=getattr(req, "priority", None) or 0,
+            priority=max(-_MOST_PRIORITY, min(_MOST_PRIORITY, getattr(req, "priority", None) or 0)),
             pinned=getattr(req, "routed_dp_rank", None),
             namespace=_namespace(req),
             payload=req,
+            client=whose.client,
+            flow=whose.flow,
+            company=whose.company,
         )
         started = time.perf_counter()
         try:
@@ -255,11 +262,13 @@ class RouterController(RankLife):
         return dispatches
 
     def _take_requests(self) -> None:
-        for _ in range(_GULP):
+        taken = 0
+        while taken < _GULP:
             try:
                 received = sock_recv(self.recv_from_tokenizer, flags=zmq.NOBLOCK)
             except zmq.Again:
                 return
+            taken += len(getattr(received, "batch", (received,)))
             self._request_dispatcher(received)
 
     def _take_reports(self, now: float) -> None:

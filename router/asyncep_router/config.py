@@ -18,8 +18,11 @@ class Limits:
     no weights are gathered, and batches of that would compute badly.
     `max_wait`: seconds a request may be held for company while less than a batch of work waits for an idle rank.
     0 sends at once: then no rank is ever idle while work waits.
-    `starve_after`: seconds from which a waiting request goes before others of its rank and priority class,
-    and before higher classes; and seconds it waits at most for a rank to compute a prefix.
+    `starve_after`: seconds from which a waiting request goes before others of its rank and queue, and has a share
+    before higher classes; and seconds it waits at most for a rank to compute a prefix.
+    `window`: share of what all ranks compute in a batch each, of which more makes a client's waiting requests, or a
+    list, bulk: they let others pass (`fairness.py`).
+    `least_share`: share of the FLOPs that bulk and lower priorities get at least, once they have waited `starve_after`.
     `affinity`: share of a prompt that must be held for it to wait for the rank that holds it rather than
     go to another below T (Preble's rule, more cached than new, is 0.5).
     `block`: tokens by which the pending queue compares prompts. Placement itself is exact to a page.
@@ -35,6 +38,8 @@ class Limits:
     inflight_target: float = 2.0
     max_wait: float = 0.0
     starve_after: float = 10.0
+    window: float = 0.25
+    least_share: float = 0.25
     affinity: float = 0.5
     block: int = 128
     await_prefix: bool = True
@@ -56,6 +61,9 @@ class Limits:
         for name in ("affinity", "await_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must lie in 0..1")
+        for name in ("window", "least_share"):
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: must lie between 0 and 1")
         if self.without - RULES:
             raise ConfigError(f"without={', '.join(sorted(self.without))!r}: the rules are F1, F2 and F3")
         if not self.default_threshold > 0:

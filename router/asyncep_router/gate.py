@@ -30,6 +30,8 @@ class Gate:
         self.idle = 0
         self.unsaturated = 0
         self.open = 0
+        self.capacity = 0.0
+        """FLOPs of a batch on each rank that may take work; where none may, on each that ever did."""
 
     def join(self, rank: int, threshold: float) -> None:
         """A rank starts to take work; `threshold` is T in FLOPs of a whole pass."""
@@ -41,6 +43,7 @@ class Gate:
         """It takes no more work; `join` lets it again."""
         self.alive &= ~(1 << rank)
         self._sort(rank)
+        self._add_up()
 
     def set_threshold(self, rank: int, threshold: float) -> None:
         """T of a rank, FLOPs of a whole pass."""
@@ -48,6 +51,7 @@ class Gate:
             raise ConfigError(f"threshold of rank {rank}={threshold!r}: must be above 0")
         self._threshold[rank] = threshold
         self._sort(rank)
+        self._add_up()
 
     def threshold(self, rank: int) -> float:
         """T of a rank, FLOPs of a whole pass. Raises `UnknownRankError`."""
@@ -79,6 +83,10 @@ class Gate:
             raise IntegrityError(
                 f"idle {self.idle:b}, below T {self.unsaturated:b}, open {self.open:b}, alive {self.alive:b}"
             )
+
+    def _add_up(self) -> None:
+        ranks = [rank for rank in self._threshold if self.alive >> rank & 1] or list(self._threshold)
+        self.capacity = sum(self.batch(rank) for rank in ranks)
 
     def _sort(self, rank: int) -> None:
         bit = 1 << rank

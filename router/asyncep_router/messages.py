@@ -41,6 +41,9 @@ class Request:
     `logits`: positions whose logits are computed. `priority`: higher first. `deadline`: at this time it
     is sent whatever the state of the ranks. `pinned`: the one rank it may go to. `namespace`: prompts
     share cached prefixes only within one (LoRA adapter, cache salt). `payload` is the caller's, untouched.
+
+    `client`: whose it is; clients share the ranks fairly. `company`: requests of the list that it came in, itself
+    included, and `flow` the list's name within the client, empty for a request by itself.
     """
 
     rid: str
@@ -52,6 +55,9 @@ class Request:
     pinned: int | None = None
     namespace: str | None = None
     payload: Any = None
+    client: str = ""
+    flow: str = ""
+    company: int = 1
 
 
 @dataclass(frozen=True, slots=True)

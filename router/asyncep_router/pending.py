@@ -30,6 +30,7 @@ from asyncep_router.ranks import members
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from asyncep_router.fairness import Flow
     from asyncep_router.messages import Request
     from asyncep_router.prefix import PrefixMatch
 
@@ -43,10 +44,24 @@ class Entry:
 
     `chain`: hashes of its blocks, never empty. `flops`: estimate of its net cost, for weighing groups.
     The rest is the policy's: `match` as of `version` of the view, and in flight `warms`, the blocks it
-    computes.
+    computes. `bulk`, `flow_name`, `flow` and `queue`: where `fairness.py` has put it.
     """
 
-    __slots__ = ("chain", "flops", "group", "match", "node", "request", "seq", "version", "warms")
+    __slots__ = (
+        "bulk",
+        "chain",
+        "flops",
+        "flow",
+        "flow_name",
+        "group",
+        "match",
+        "node",
+        "queue",
+        "request",
+        "seq",
+        "version",
+        "warms",
+    )
 
     def __init__(self, request: Request, seq: int, chain: tuple[int, ...]) -> None:
         self.request = request
@@ -58,6 +73,10 @@ class Entry:
         self.warms: tuple[int, ...] = ()
         self.node: _Node | None = None
         self.group: Group | None = None
+        self.bulk: bool | None = None
+        self.flow: Flow | None = None
+        self.flow_name = ""
+        self.queue: PendingQueue | None = None
 
 
 class _Node:
@@ -112,7 +131,7 @@ _Heap = list[tuple[int, int, Group]]  # (seq of a head at some time, tie-breaker
 
 
 class PendingQueue:
-    """All pending requests of one priority.
+    """Pending requests among which prefixes decide.
 
     `block`: tokens a block. `affinity`: share of a prompt from which a held prefix binds it to its owners;
     below that the group is loose, and any rank below T may take from it.

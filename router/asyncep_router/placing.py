@@ -7,8 +7,8 @@ F2  FLOPs net of that prefix are charged at once, and the prefix counts as held 
 F3  without a prefix, the fullest rank below T: ranks are filled one after another, so that little work
     makes few full batches rather than many below T.
 
-Work that fits no rank now waits here, not in a rank. Each `poll` serves, for one priority class after
-another, in this order, and repeats until nothing more fits:
+Work that fits no rank now waits here, not in a rank. Each `poll` serves, for one queue after another
+(`fairness.py` says which), in this order, and repeats until nothing more fits:
 
 1.  ranks below T that hold prefixes of waiting requests take those;
 2.  ranks below T take requests whose prefix nobody holds;
@@ -72,14 +72,26 @@ class Placing:
         self.waiting_flops = 0
         self.gathering = 0
 
-    def serve(self, level: PendingQueue, old: float, send: Send) -> None:
-        """The seven steps of the module's text for one priority class, until none of them finds anything.
+    def serve_some(self, level: PendingQueue, old: float, send: Send, most: float) -> bool:
+        """As `serve`, until `most` FLOPs are sent. True if anything was."""
+        sent = 0.0
+
+        def counted(entry: Entry, rank: int, reason: Reason) -> None:
+            nonlocal sent
+            sent += entry.flops
+            send(entry, rank, reason)
+
+        self.serve(level, old, counted, until=lambda: sent >= most)
+        return sent > 0
+
+    def serve(self, level: PendingQueue, old: float, send: Send, until: Callable[[], bool] | None = None) -> None:
+        """The seven steps of the module's text for one queue, until none of them finds anything.
 
         `old`: who has waited since before this has waited too long. `send` charges an entry to a rank and takes it
-        out of `level`.
+        out of `level`. `until`: asked before each step whether to stop.
         """
         gate = self.gate
-        while level:
+        while level and gate.open and not (until is not None and until()):
             below = gate.unsaturated
             if below and self._take_owned(level, below, old, send):
                 continue
@@ -219,16 +231,19 @@ class Placing:
             return min(members(idle), key=lambda rank: self.ledger.account(rank).charged)
         return min(members(ranks), key=gate.fill)
 
-    def serve_starving(self, levels: Iterable[PendingQueue], old: float, send: Send) -> None:
-        """Requests of these (lower) classes that wait since before `old` go first, where there is room."""
-        for level in levels:
-            while level and self.gate.open:
-                waiting = [level.next_free()]
-                waiting += [level.next_owned(rank, old) for rank in members(self.gate.open & level.owned)]
-                entry = min((entry for entry in waiting if entry is not None), key=_by_seq, default=None)
-                if entry is None or entry.request.arrival > old:
-                    break
-                self._take(entry, self.gate.unsaturated or self.gate.open, send)
+    def starving(self, queues: Iterable[PendingQueue], old: float) -> Entry | None:
+        """Of these queues' requests that a rank with room can take next, the oldest that waits since before `old`."""
+        gate = self.gate
+        waiting = []
+        for queue in queues:
+            waiting.append(queue.next_free())
+            waiting += [queue.next_owned(rank, old) for rank in members(gate.open & queue.owned)]
+        found = (entry for entry in waiting if entry is not None and entry.request.arrival <= old)
+        return min(found, key=_by_seq, default=None)
+
+    def take(self, entry: Entry, send: Send) -> None:
+        """Place an entry on the best rank that has room; there is one."""
+        self._take(entry, self.gate.unsaturated or self.gate.open, send)
 
     def _committed(self, ranks: int) -> int:
         """Those of `ranks` with their fair share of all work, or a batch beyond what they may hold if that

@@ -4,21 +4,21 @@ Pure and deterministic: no clock, no socket, no randomness. Feed it `submit`, `r
 `rank_died`, `apply_event` and the like; call `poll` after each, send what it returns, and call it again
 at `next_wakeup` if nothing happens before.
 
-`placing.py` decides between ranks and in which order waiting requests are served. Before it is asked, requests
-for a named rank go to it, and requests whose deadline has come go to the best rank, both without regard to how
-full it is.
+`placing.py` decides between ranks and in which order waiting requests of a queue are served, `fairness.py` which
+queue a request waits in and whose turn it is. Before they are asked, requests whose deadline has come go to the best
+rank without regard to how full it is. A request for a named rank waits for that rank alone, in its class's turn.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from asyncep_router.block_chain import block_chain
 from asyncep_router.config import Limits
 from asyncep_router.errors import DuplicateRequestError, IntegrityError, UnknownRankError
+from asyncep_router.fairness import Level, Shares
 from asyncep_router.gate import Gate
 from asyncep_router.ledger import Charge, Ledger
 from asyncep_router.messages import Dispatch, Reason
@@ -27,9 +27,12 @@ from asyncep_router.placing import Placing
 from asyncep_router.ranks import members
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from asyncep_router.cost import ModelCost
     from asyncep_router.kv_events import KVEvent
     from asyncep_router.messages import BatchReport, Request
+    from asyncep_router.placing import Send
     from asyncep_router.prefix import PrefixView
 
 
@@ -63,8 +66,9 @@ class Frontend:
         self.placing = Placing(cost, view, self.limits, self.ledger, self.gate)
         self.counters = Counters()
         self.reasons: dict[Reason, int] = dict.fromkeys(Reason, 0)
-        self._levels: dict[int, PendingQueue] = {}  # by priority, highest first
-        self._pinned: dict[int, OrderedDict[str, Entry]] = {}
+        self._levels: dict[int, Level] = {}  # by priority, highest first
+        self._shares = Shares(self.limits.least_share)
+        self._known: set[int] = set()
         self._waiting: dict[str, Entry] = {}
         self._flying: dict[str, Entry] = {}
         self._aside: dict[str, Entry] = {}
@@ -86,8 +90,8 @@ class Frontend:
         if rank < 0:
             raise UnknownRankError(f"rank {rank} is below 0")
         self.ledger.open(rank)
-        known = rank in self._pinned
-        self._pinned.setdefault(rank, OrderedDict())
+        known = rank in self._known
+        self._known.add(rank)
         self.gate.join(rank, self.gate.threshold(rank) if known else self.limits.default_threshold)
         self._caching = self._caching & ~(1 << rank) | (caches << rank)
         self.placing.gathering = self.placing.gathering & ~(1 << rank) | (gathers << rank)
@@ -102,17 +106,12 @@ class Frontend:
         charges = self.ledger.take_back_all(rank)
         self.gate.note(rank, 0)
         self.view.remove_rank(rank)
-        for level in self._levels.values():
-            level.forget_rank(rank)
+        self._forget_cache(rank)
         entries = sorted((self._landed(charge) for charge in charges), key=_by_seq)
         self.placing.claimed[rank] = 0
         for entry in entries:
             self._wait(entry)
         self.counters.returned += len(entries)
-        if any(entry.request.pinned is not None for entry in entries):
-            self._pinned[rank] = OrderedDict(
-                (entry.request.rid, entry) for entry in sorted(self._pinned[rank].values(), key=_by_seq)
-            )
         return [entry.request for entry in entries]
 
     def set_accepting(self, rank: int, accepting: bool) -> None:
@@ -130,8 +129,7 @@ class Frontend:
     def cache_cleared(self, rank: int) -> None:
         """The rank's cache was flushed."""
         self.view.clear(rank)
-        for level in self._levels.values():
-            level.forget_rank(rank)
+        self._forget_cache(rank)
 
     def apply_event(self, rank: int, event: KVEvent) -> None:
         """A rank's cache reports what it stored or dropped."""
@@ -144,7 +142,7 @@ class Frontend:
         rid = request.rid
         if rid in self._waiting or rid in self._flying or rid in self._aside:
             raise DuplicateRequestError(f"{rid!r} is pending or in flight already")
-        if request.pinned is not None and request.pinned not in self._pinned:
+        if request.pinned is not None and request.pinned not in self._known:
             raise UnknownRankError(f"{rid!r} asks for rank {request.pinned}, which never joined")
         entry = Entry(request, self._seq, self._chain(request))
         self._seq += 1
@@ -229,25 +227,32 @@ class Frontend:
     def poll(self, now: float) -> list[Dispatch]:
         """Everything that is to be sent now. Charged already; the caller only sends."""
         out: list[Dispatch] = []
-        for rank in members(self.gate.alive):
-            while self._pinned[rank]:
-                entry = next(iter(self._pinned[rank].values()))
-                out.append(self._dispatch(entry, rank, Reason.PINNED, now))
         if not self.gate.alive:
             return out
         self._serve_overdue(now, out)
         if self._holding(now):
             return out
-
-        def send(entry: Entry, rank: int, reason: Reason) -> None:
-            out.append(self._dispatch(entry, rank, reason, now))
-
         old = now - self.limits.starve_after
-        levels = list(self._levels.items())
-        self.placing.serve_starving([level for _, level in levels[1:]], old, send)
-        for priority, level in levels:
-            if level:
-                self.placing.serve(level, old, send)
+        classes = [(level, bulk) for level in self._levels.values() for bulk in (False, True)]
+        classes = [(level, bulk) for level, bulk in classes if (level.bulk if bulk else len(level) - level.bulk)]
+        self._serve_starving(classes[1:], old, now, out)
+        behind = sum(map(len, self._levels.values()))
+        for level, bulk in classes:
+            if not self.gate.open:
+                break
+            behind -= level.bulk if bulk else len(level) - level.bulk
+
+            def send(entry: Entry, rank: int, reason: Reason, *, behind: int = behind) -> None:
+                out.append(self._dispatch(entry, rank, reason, now))
+                if behind > 0:
+                    self._shares.earn(out[-1].flops, self.gate.batch(rank))
+
+            self._serve_pinned(level, bulk, send)
+            if bulk:
+                self._serve_flows(level, old, send)
+            else:
+                self.placing.serve(level.quick, old, send)
+        for priority, level in list(self._levels.items()):
             if not level:
                 del self._levels[priority]
         return out
@@ -264,7 +269,7 @@ class Frontend:
                 if arrival is not None:
                     times.append(arrival + self.limits.max_wait)
             patience = self.limits.starve_after
-            since = (since for level in self._levels.values() for _, since in level.parked_groups())
+            since = (since for queue in self._queues() for _, since in queue.parked_groups())
             times += [start + patience for start in since if start + patience > now]
         return min(times, default=None)
 
@@ -295,7 +300,7 @@ class Frontend:
     def snapshot(self) -> dict[str, Any]:
         """The state as plain data, for `/router/state` and metrics. FLOPs, tokens, counts."""
         ranks = {}
-        for rank in sorted(self._pinned):
+        for rank in sorted(self._known):
             account = self.ledger.account(rank)
             threshold = self.gate.threshold(rank)
             ranks[rank] = {
@@ -310,7 +315,7 @@ class Frontend:
                 "returned_flops": account.returned,
                 "saved_flops": account.saved_flops,
                 "requests_in_flight": len(account.in_flight),
-                "requests_pinned": len(self._pinned[rank]),
+                "requests_pinned": sum(level.count_pinned(rank) for level in self._levels.values()),
                 "view_tokens": self.view.tokens_of(rank),
                 "expected_cached_tokens": account.expected_cached,
                 "found_cached_tokens": account.found_cached,
@@ -320,6 +325,7 @@ class Frontend:
         return {
             "pending": self.pending,
             "set_aside": len(self._aside),
+            "pending_bulk": sum(level.bulk for level in self._levels.values()),
             "pending_flops": self.placing.waiting_flops,
             "view_tokens": self.view.total_tokens,
             "unknown_reports": self.ledger.unknown_reports,
@@ -336,7 +342,6 @@ class Frontend:
         for level in self._levels.values():
             level.check_integrity()
         queued = sum(len(level) for level in self._levels.values())
-        queued += sum(len(queue) for queue in self._pinned.values())
         if queued != len(self._waiting):
             raise IntegrityError(f"{queued} requests queued, {len(self._waiting)} waiting")
         flops = sum(entry.flops for entry in self._waiting.values())
@@ -346,7 +351,7 @@ class Frontend:
         left = counters.submitted - counters.finished - counters.aborted
         if left != len(self._waiting) + len(self._flying) + len(self._aside):
             raise IntegrityError(f"{left} requests are neither finished nor aborted: {counters}")
-        for rank in self._pinned:
+        for rank in self._known:
             account = self.ledger.account(rank)
             flying = [self._flying[rid] for rid in account.in_flight]
             if {block for entry in flying for block in entry.warms} != self.placing.under_way.blocks(rank):
@@ -369,10 +374,8 @@ class Frontend:
         entry.flops = self.cost.flops(*self.placing.split(request, match.longest), request.logits)
         self._waiting[request.rid] = entry
         self.placing.waiting_flops += entry.flops
-        if request.pinned is not None:
-            self._pinned[request.pinned][request.rid] = entry
-        else:
-            self._level(request.priority).add(entry, match)
+        self._level(request.priority).add(entry, self.limits.window * self.gate.capacity)
+        if request.pinned is None:
             if request.deadline is not None:
                 heapq.heappush(self._deadlines, (request.deadline, entry.seq, request.rid))
             if self.limits.max_wait > 0:
@@ -382,15 +385,12 @@ class Frontend:
         request = entry.request
         del self._waiting[request.rid]
         self.placing.waiting_flops -= entry.flops
-        if request.pinned is not None:
-            del self._pinned[request.pinned][request.rid]
-        elif entry.node is not None:
-            self._levels[request.priority].remove(entry)
+        self._levels[request.priority].remove(entry)
 
-    def _level(self, priority: int) -> PendingQueue:
+    def _level(self, priority: int) -> Level:
         level = self._levels.get(priority)
         if level is None:
-            level = PendingQueue(self.limits.block, self.limits.affinity)
+            level = Level(lambda: PendingQueue(self.limits.block, self.limits.affinity), self.placing.match)
             self._levels[priority] = level
             self._levels = dict(sorted(self._levels.items(), reverse=True))
         return level
@@ -416,7 +416,60 @@ class Frontend:
         arrival = self._first(self._arrivals)
         return arrival is not None and now < arrival + self.limits.max_wait
 
+    def _queues(self) -> Iterator[PendingQueue]:
+        for level in self._levels.values():
+            yield from level.queues()
+
+    def _forget_cache(self, rank: int) -> None:
+        for queue in self._queues():
+            queue.forget_rank(rank)
+
     # Sending
+
+    def _serve_pinned(self, level: Level, bulk: bool, send: Send) -> None:
+        """Requests of a class for a rank by name, while that rank has room."""
+        for rank in level.pinned_ranks(bulk):
+            while self.gate.open >> rank & 1 and (entry := level.pinned_to(rank, bulk)) is not None:
+                send(entry, rank, Reason.PINNED)
+
+    def _serve_flows(self, level: Level, old: float, send: Send) -> None:
+        """A level's flows in turn, a batch each, until nothing more fits."""
+        most = self.gate.capacity / max(1, self.gate.alive.bit_count())
+        while self.gate.open:
+            turns = level.turns()
+            if len(turns) == 1:
+                self.placing.serve(turns[0].queue, old, send)
+                return
+            if not any(self.placing.serve_some(flow.queue, old, send, most) for flow in turns):
+                return
+
+    def _serve_starving(self, classes: list[tuple[Level, bool]], old: float, now: float, out: list[Dispatch]) -> None:
+        """Those that are behind and wait since before `old` take the share they have earned."""
+
+        def send(entry: Entry, rank: int, reason: Reason) -> None:
+            out.append(self._dispatch(entry, rank, reason, now))
+            self._shares.pay(out[-1].flops)
+
+        while classes and self._shares.credit > 0 and self.gate.open:
+            queues: list[PendingQueue] = []
+            pinned: list[Entry] = []
+            for level, bulk in classes:
+                queues += [flow.queue for flow in level.flows.values()] if bulk else [level.quick]
+                waiting = (level.pinned_to(rank, bulk) for rank in level.pinned_ranks(bulk))
+                pinned += [entry for entry in waiting if entry is not None]
+            entry = self.placing.starving(queues, old)
+            named = min((e for e in pinned if self._can_go(e, old)), key=_by_seq, default=None)
+            if named is not None and named.request.pinned is not None and (entry is None or named.seq < entry.seq):
+                send(named, named.request.pinned, Reason.PINNED)
+            elif entry is not None:
+                self.placing.take(entry, send)
+            else:
+                return
+
+    def _can_go(self, entry: Entry, old: float) -> bool:
+        """Whether a request for a rank by name waits since before `old` and the rank has room."""
+        rank = entry.request.pinned
+        return rank is not None and bool(self.gate.open >> rank & 1) and entry.request.arrival <= old
 
     def _serve_overdue(self, now: float, out: list[Dispatch]) -> None:
         while (deadline := self._first(self._deadlines)) is not None and deadline <= now:
@@ -435,11 +488,16 @@ class Frontend:
         saved = self.cost.flops(len(request.token_ids), 0, request.logits) - flops
         self.ledger.charge(Charge(request.rid, rank, flops, new, cached, now), saved)
         self.gate.note(rank, self.ledger.account(rank).outstanding)
+        level = self._levels[request.priority]
+        level.charge(entry, flops)
         claimed = self.placing.claimed.get(rank, 0) - entry.flops
-        if entry.node is not None and self._caching & bit:
-            claimed += self._levels[request.priority].serve(entry, rank)
+        if self._caching & bit:
+            claimed += level.serve(entry, rank)
+        else:
+            level.remove(entry)
         self.placing.claimed[rank] = max(0, claimed)
-        self._unwait(entry)
+        del self._waiting[request.rid]
+        self.placing.waiting_flops -= entry.flops
         if self._caching & bit and self.limits.await_prefix:
             missing = entry.chain[held // self.limits.block :]
             entry.warms = self.placing.under_way.begin(rank, request.rid, missing)
@@ -460,9 +518,9 @@ class Frontend:
         entry = self._flying.pop(charge.rid)
         self.placing.under_way.end(charge.rank, entry.warms)
         if entry.warms:
-            for level in self._levels.values():
-                if level.parked >> charge.rank & 1:
-                    level.unpark(charge.rank)
+            for queue in self._queues():
+                if queue.parked >> charge.rank & 1:
+                    queue.unpark(charge.rank)
         entry.warms = ()
         return entry
 

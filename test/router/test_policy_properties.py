@@ -67,15 +67,35 @@ class FrontendMachine(RuleBasedStateMachine):
         priority=st.sampled_from([0, 0, 0, 2]),
         patience=st.sampled_from([None, None, 3.0]),
         pinned=st.sampled_from([None, None, None, None, 1]),
+        client=st.sampled_from(["", "a", "b"]),
+        company=st.sampled_from([1, 1, 2, 50]),
     )
     def submit(
-        self, group: int, shared: int, tail: int, priority: int, patience: float | None, pinned: int | None
+        self,
+        group: int,
+        shared: int,
+        tail: int,
+        priority: int,
+        patience: float | None,
+        pinned: int | None,
+        client: str,
+        company: int,
     ) -> None:
         rid = f"r{self.next}"
         tokens = array("q", [group] * shared + [100 + self.next % 5] * tail)
         self.next += 1
         deadline = None if patience is None else self.now + patience
-        request = Request(rid, tokens, self.now, priority=priority, deadline=deadline, pinned=pinned)
+        request = Request(
+            rid,
+            tokens,
+            self.now,
+            priority=priority,
+            deadline=deadline,
+            pinned=pinned,
+            client=client,
+            flow=f"list {company}" if company > 1 else "",
+            company=company,
+        )
         self.waiting[rid] = request
         for front in self.fronts:
             front.submit(request, self.now)

@@ -190,7 +190,7 @@ class App:
                     router.metrics.rate_limit.labels("queued" if verdict is Verdict.QUEUED else "allowed").inc()
                     plan = await self._plans[path](raw, fields)
                     del fields
-                    context = Context(ident, _forwarded(request, ident))
+                    context = Context(ident, _forwarded(request, ident), caller.name or request.remote or "")
                     if plan.stream:
                         return await self._stream(request, plan, context, headers)
                     reply = await router.relay.serve(plan, context)

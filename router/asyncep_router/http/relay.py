@@ -49,10 +49,14 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What every attempt for one client request needs. `headers` go to the worker. `ident` is the request's id."""
+    """What every attempt for one client request needs. `headers` go to the worker. `ident` is the request's id.
+
+    `client`: whose it is, for sharing the ranks fairly: the key's name, or the address where there are no keys.
+    """
 
     ident: str
     headers: dict[str, str]
+    client: str = ""
 
 
 class _Lost(Exception):
@@ -257,6 +261,9 @@ class Relay:
                     priority=plan.priority,
                     pinned=pinned,
                     namespace=plan.namespace,
+                    client=context.client,
+                    flow=context.ident if len(plan.prompts) > 1 else "",
+                    company=len(plan.prompts),
                 )
             )
         return requests
