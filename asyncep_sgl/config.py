@@ -89,6 +89,7 @@ class AsyncEPConfig(msgspec.Struct, frozen=True, kw_only=True):
         ranks: number of scheduler processes that share the experts (``--dp-size``).
         store_address: ZeroMQ address of the expert store's owner (the launcher).
         launcher_pid: the process whose end ends every other.
+        run_directory: its private folder, which is removed with it; empty for none.
         cpus: for each rank, the CPU numbers it may run on; empty where the device is not a CPU.
         load_board: file behind which SGLang's ranks publish their load; memory of the launcher's, so that it ends with
             it (upstream leaves one file a start in ``/dev/shm``).
@@ -110,6 +111,7 @@ class AsyncEPConfig(msgspec.Struct, frozen=True, kw_only=True):
     ranks: int
     store_address: str
     launcher_pid: int
+    run_directory: str = ""
     cpus: tuple[tuple[int, ...], ...] = ()
     load_board: str
     router: RouterConfig | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -13,12 +12,14 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
+from asyncep_sgl import listening
 from asyncep_sgl.command_line import ServeOptions, parse, sglang_arguments, uses_our_router
 from asyncep_sgl.config import AsyncEPConfig, GroupConfig, RouterConfig
 from asyncep_sgl.cuda_host import find_gpus, installed
 from asyncep_sgl.cuda_serving import CudaPlan, plan
 from asyncep_sgl.errors import AsyncEPError, UsageError
 from asyncep_sgl.experts.fingerprint import checkpoint_fingerprint
+from asyncep_sgl.experts.link import link_environment
 from asyncep_sgl.experts.segment import OwnedSegment
 from asyncep_sgl.experts.server import StoreServer
 from asyncep_sgl.front.key_memory import hand_on, hide_arguments, without_keys
@@ -28,9 +29,15 @@ from asyncep_sgl.model_support import check_supported, read_config
 from asyncep_sgl.platform.detect import activate
 from asyncep_sgl.report import startup_report
 from asyncep_sgl.run_directory import run_directory
+from asyncep_sgl.stop_signals import Stopped, StopSignals
 from asyncep_sgl.supervisor import Supervisor
 
 logger = logging.getLogger("asyncep")
+
+# A rank is a world of its own to torch, whose back-ends listen all the same: on loopback.
+_LISTENING = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+# SGLang's front would otherwise wait a minute for dumps before it ends, in which every client hangs.
+_AT_AN_END = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,17 +47,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0 after an ordered stop, 1 when the server died, 2 for a command line that cannot be served.
     """
     logging.basicConfig(format="asyncep: %(message)s", level=logging.INFO)
+    signals = StopSignals()
+    signals.install()
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         hide_arguments(sys.orig_argv)
-        return serve(options)
+        return serve(options, signals)
+    except Stopped as stop:
+        logger.info("%s: stopped before anything was started", stop)
+        return 0
     except AsyncEPError as error:
         print(f"asyncep serve: {error}", file=sys.stderr)
         return 2
 
 
-def serve(options: ServeOptions) -> int:
+def serve(options: ServeOptions, signals: StopSignals | None = None) -> int:
     """Serves until stopped; returns the exit status.
+
+    Args:
+        options: the command line.
+        signals: what may end a start before there is a server.
 
     Raises:
         AsyncEPError: nothing was started, the message says why.
@@ -64,11 +80,15 @@ def serve(options: ServeOptions) -> int:
     model_config = read_config(options.model, options.revision)
     check_supported(model_config, device="cpu" if cpu else "cuda")
     cuda = None if cpu else _plan_cuda(options, model_config)
-    _check_port(options.host, options.port)
     check_batch_folder(options)
-
+    # The front has them until its end; what would keep it from listening is known before anything is started.
+    listeners = listening.bind(options.host, options.port)
     with run_directory() as directory:
-        return _serve_in(directory, options, model_config, started, cuda)
+        supervisor = _prepare(directory, options, model_config, started, cuda)
+        supervisor.listeners = listeners
+        supervisor.environment = {**supervisor.environment, **listening.hand_on(listeners)}
+        supervisor.signals = signals or supervisor.signals
+        return supervisor.run()
 
 
 def _plan_cuda(options: ServeOptions, model_config: dict[str, Any]) -> CudaPlan:
@@ -81,10 +101,11 @@ def _plan_cuda(options: ServeOptions, model_config: dict[str, Any]) -> CudaPlan:
     return found
 
 
-def _serve_in(
+def _prepare(
     directory: Path, options: ServeOptions, model_config: dict[str, Any], started: float, cuda: CudaPlan | None
-) -> int:
-    store = StoreServer(options.ranks, options.store_limit, devices=cuda is not None and cuda.transport == "cuda")
+) -> Supervisor:
+    on_devices = cuda is not None and cuda.transport == "cuda"
+    store = StoreServer(options.ranks, options.store_limit, devices=on_devices, directory=directory)
     load_board = OwnedSegment("loads", mmap.PAGESIZE)
     keys = hand_on(options.keys)
     cpus = divide_cpus(options.ranks)
@@ -101,6 +122,7 @@ def _serve_in(
         ranks=options.ranks,
         store_address=store.address,
         launcher_pid=os.getpid(),
+        run_directory=str(directory),
         cpus=cpus if cuda is None else (),
         load_board=load_board.path,
         router=router,
@@ -118,13 +140,21 @@ def _serve_in(
         front=options.front,
         keys=keys.path,
     )
-    environment = {**without_keys(os.environ), **config.to_environment(), "TMPDIR": str(directory)}
+    environment = {
+        **_AT_AN_END,
+        **without_keys(os.environ),
+        **config.to_environment(),
+        **_LISTENING,
+        "TMPDIR": str(directory),
+    }
     tokens = None
     if cuda is None:
         environment |= _cpu_environment(cpus)
         tokens = _cpu_kv_tokens(options, model_config)
     else:
         environment |= {"ASYNCEP_PLATFORM": "off", **cuda.environment}
+    if options.nodes > 1:
+        environment |= link_environment(options.rendezvous, os.environ)
     command = [
         sys.executable,
         "-m",
@@ -149,7 +179,7 @@ def _serve_in(
 
     return Supervisor(
         store, command, environment, options.grace_seconds, report, ranks_restart=router is not None, exporter=exporter
-    ).run()
+    )
 
 
 def _cpu_environment(cpus: Sequence[Sequence[int]]) -> dict[str, str]:
@@ -226,18 +256,6 @@ def check_batch_folder(options: ServeOptions) -> None:
         raise UsageError(f"--asyncep-batch-dir {folder}: {error.strerror}; give a folder to write to") from error
     if not os.access(folder, os.W_OK):
         raise UsageError(f"--asyncep-batch-dir {folder}: not writable; give a folder to write to")
-
-
-def _check_port(host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UsageError(
-                f"--host {host} --port {port}: {error.strerror}; if another server listens there choose another --port"
-            ) from error
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from asyncep_sgl.lifeline import die_with
 from asyncep_sgl.model_support import read_config
 from asyncep_sgl.platform import fallbacks
 from asyncep_sgl.platform.cpu import AnyCpuPlatform
+from asyncep_sgl.process_seams import PROCESS_SEAMS, keep_torch_from_listening
 from asyncep_sgl.scheduling import questions
 from asyncep_sgl.scheduling.marks import put_on
 from asyncep_sgl.scheduling.reports import RankReporter, RouterEventPublisher, start_beating
@@ -68,6 +69,7 @@ def _around_scheduler(original: Callable[..., None], *args: Any, **kwargs: Any) 
     assert_active()
     config = _active_config()
     rank = get_parallel().dp_rank or 0
+    keep_torch_from_listening(rank)
     if config.cpus:
         os.sched_setaffinity(0, config.cpus[rank])
         torch.set_num_threads(len(config.cpus[rank]))
@@ -411,6 +413,7 @@ SEAMS: tuple[Seam, ...] = (
         ("self", "obj", "input_ids"),
     ),
     *FRONT_SEAMS,
+    *PROCESS_SEAMS,
 )
 
 # Needed wherever the plain-CPU platform serves, stock SGLang included.
@@ -495,7 +498,7 @@ def register() -> None:
     _config = AsyncEPConfig.from_environment()
     if _config is None:
         return
-    die_with(_config.launcher_pid)
+    die_with(_config.launcher_pid, _config.run_directory)
     for seam in _seams():
         HookRegistry.register(seam.target, seam.hook, seam.kind)
     if _config.router is not None:

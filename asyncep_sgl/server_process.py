@@ -8,7 +8,7 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,13 +25,16 @@ from asyncep_sgl.calibration import calibrate
 from asyncep_sgl.command_line import refused_flag
 from asyncep_sgl.config import AsyncEPConfig
 from asyncep_sgl.drain import Drain
+from asyncep_sgl.errors import StoreError
 from asyncep_sgl.experts.client import StoreClient
-from asyncep_sgl.experts.messages import Done, Hello, Request, Serving, Status, StatusRequest, Welcome
+from asyncep_sgl.experts.messages import Done, Failed, Hello, Request, Serving, Status, StatusRequest, Welcome
 from asyncep_sgl.experts.view import ViewClient
 from asyncep_sgl.front.access import Policy
 from asyncep_sgl.front.guard import abort_route, guard
 from asyncep_sgl.front.key_memory import read_keys
 from asyncep_sgl.group_gate import GroupGate, GroupHealth, watch
+from asyncep_sgl.lifeline import die_with
+from asyncep_sgl.listening import Door, inherited
 from asyncep_sgl.model_support import read_config
 from asyncep_sgl.rank_health import RankHealth
 from asyncep_sgl.router_state import router_state
@@ -49,6 +52,32 @@ def main(arguments: list[str]) -> None:
     Args:
         arguments: SGLang's command line, ours taken out.
     """
+    config = AsyncEPConfig.from_environment()
+    if config is None:
+        raise SystemExit("this module is started by asyncep serve, not by hand")
+    # Before the imports, which take long: the launcher may be killed meanwhile.
+    die_with(config.launcher_pid, config.run_directory)
+    door = inherited()
+    with _reasons_reported(config.store_address):
+        _serve(arguments, config, door)
+
+
+@contextlib.contextmanager
+def _reasons_reported(store_address: str) -> Iterator[None]:
+    """Tells the launcher why the front ends, where it knows; its log may be long."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        code = error.code if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+        if isinstance(code, str):
+            with contextlib.suppress(StoreError):
+                lines = code.removeprefix("asyncep serve: ").strip().splitlines()
+                reason = f"the front ends: {lines[-1] if lines else repr(error)}"
+                _ask(store_address, Failed(-1, reason), Done, patience=1.0)
+        raise
+
+
+def _serve(arguments: list[str], config: AsyncEPConfig, door: Door) -> None:
     from sglang.srt.plugins import load_plugins
 
     # First, as in sglang.launch_server: what is imported from here on is already hooked.
@@ -72,9 +101,6 @@ def main(arguments: list[str]) -> None:
     from asyncep_sgl.scheduling.questions import ask_who_is_there
 
     leave_garbage_to_us()
-    config = AsyncEPConfig.from_environment()
-    if config is None:
-        raise SystemExit("this module is started by asyncep serve, not by hand")
     assert_active()
     if config.cpus and "fork-ahead" not in config.without:
         fork_processes_ahead()
@@ -83,6 +109,7 @@ def main(arguments: list[str]) -> None:
 
     server_args = _read(arguments, prepare_server_args)
     server_args.resolve_once()
+    _refuse_other_doors(server_args)
     host = "127.0.0.1" if server_args.host in ("0.0.0.0", "::", "") else server_args.host
 
     def status() -> dict[str, Any]:
@@ -142,6 +169,7 @@ def main(arguments: list[str]) -> None:
     url = f"http://{host}:{server_args.port}"
 
     def serving() -> None:
+        door.wait()
         if config.group.gathers:
             calibrate(
                 url,
@@ -196,6 +224,22 @@ def _read(arguments: list[str], prepare: Callable[[list[str]], Any]) -> Any:
         raise SystemExit(refused_flag(reason.strip(), set(re.findall(r"--[a-z0-9][a-z0-9-]+", usage)))) from None
 
 
+def _refuse_other_doors(server_args: Any) -> None:
+    """Refuses servers beside or instead of the one whose requests are checked.
+
+    Raises:
+        SystemExit: one is asked for.
+    """
+    for flag, asked in (
+        ("--enable-http2", server_args.enable_http2),
+        ("--tokenizer-worker-num", server_args.tokenizer_worker_num > 1),
+        ("--grpc-port", server_args.grpc_port is not None),
+        ("--grpc-mode", server_args.grpc_mode or server_args.smg_grpc_mode),
+    ):
+        if asked:
+            raise SystemExit(f"asyncep serve: {flag}: requests come in through one HTTP/1.1 server; leave the flag out")
+
+
 def _metrics(request: starlette.requests.Request, config: AsyncEPConfig, server_args: Any) -> Response:
     """The router's and the gathers' figures; SGLang's too if it was asked for them."""
     from asyncep_sgl.gather_metrics import GatherCollector
@@ -212,11 +256,11 @@ def _metrics(request: starlette.requests.Request, config: AsyncEPConfig, server_
     return Response(body, headers={"content-type": content_type})
 
 
-def _ask(address: str, request: Request, expect: type[_Expected]) -> _Expected:
+def _ask(address: str, request: Request, expect: type[_Expected], patience: float = 30.0) -> _Expected:
     """One question on a line of its own: a ZeroMQ socket belongs to one thread, and this process has many."""
     line = StoreClient(address)
     try:
-        return line.ask(request, expect)
+        return line.ask(request, expect, patience)
     finally:
         line.close()
 

@@ -17,12 +17,16 @@ import psutil
 
 from asyncep_sgl.drain import DRAIN_SIGNAL
 from asyncep_sgl.experts.server import StoreServer
+from asyncep_sgl.process_state import how_it_ended, is_stopped
 from asyncep_sgl.scheduling.restarts import RestartPolicy
+from asyncep_sgl.stop_signals import StopSignals
 
 logger = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_LOOK_AGAIN_SECONDS = 1.0
 _PR_SET_CHILD_SUBREAPER = 36
+# Parents before children, which end with them: of several that have ended, the first of these is the reason.
+_ORDER = ("front", "controller", "detokenizer", "exporter")
 
 
 @dataclass
@@ -34,10 +38,13 @@ class Supervisor:
         command: the front's command line.
         environment: its environment.
         grace_seconds: how long a stop waits for requests in flight.
+        on_serving: called once, when the front answers requests.
         exporter: command line of the process through which other hosts read the experts, or None. If it dies it is
             started again: it holds nothing that is not in the store.
         ranks_restart: the router starts a dead rank again, so that its end is not the server's.
-        on_serving: called once, when the front answers requests.
+        listeners: the front's sockets, which are handed to it; this process keeps none.
+        signals: what tells this process to stop.
+        stopped_seconds: how long a process may stand still by a signal before it is told to go on.
     """
 
     store: StoreServer
@@ -47,11 +54,15 @@ class Supervisor:
     on_serving: Callable[[], None]
     ranks_restart: bool = False
     exporter: Sequence[str] | None = None
+    listeners: Sequence[socket.socket] = ()
+    signals: StopSignals = field(default_factory=StopSignals)
+    stopped_seconds: float = 5.0
+    _announced: bool = False
     _exporter: subprocess.Popen[bytes] | None = None
     _exporter_restarts: RestartPolicy = field(default_factory=RestartPolicy)
     _poll: select.poll = field(default_factory=select.poll)
     _watched: dict[int, tuple[str, int]] = field(default_factory=dict)
-    _signals: list[int] = field(default_factory=list)
+    _stopped_since: dict[int, float] = field(default_factory=dict)
 
     def run(self) -> int:
         """Starts the front and supervises it.
@@ -60,25 +71,27 @@ class Supervisor:
             Exit status: 0 after a stop by signal, 1 when a process of the server died.
         """
         _become_subreaper()
-        # Python notes a signal in a flag; the byte it also writes here is what wakes the poll below.
-        wake_read, wake_write = socket.socketpair()
-        for end in (wake_read, wake_write):
-            end.setblocking(False)
-        signal.set_wakeup_fd(wake_write.fileno(), warn_on_full_buffer=False)
-        for number in STOP_SIGNALS:
-            signal.signal(number, lambda received, _frame: self._signals.append(received))
+        self.signals.defer()
         # A session of its own: Ctrl-C at the terminal reaches the launcher alone, which then stops in order.
-        front = subprocess.Popen(self.command, env=dict(self.environment), start_new_session=True)
+        front = subprocess.Popen(
+            self.command,
+            env=dict(self.environment),
+            start_new_session=True,
+            pass_fds=[listener.fileno() for listener in self.listeners],
+        )
+        for listener in self.listeners:
+            # The front's from now on: with it goes the port, and clients are not kept waiting for nobody.
+            listener.close()
         self._watch("front", front.pid)
         self._start_exporter()
         self._poll.register(self.store.descriptor, select.POLLIN)
-        self._poll.register(wake_read, select.POLLIN)
+        self._poll.register(self.signals.descriptor, select.POLLIN)
         try:
-            failure = self._loop(front, wake_read)
+            failure = self._loop(front)
         finally:
             self._end_everything()
             front.wait()
-            signal.set_wakeup_fd(-1)
+            self.signals.close()
             self.store.close()
         if failure is None:
             return 0
@@ -86,41 +99,70 @@ class Supervisor:
         logger.error("%s; the server has ended", failure)
         return 1
 
-    def _loop(self, front: subprocess.Popen[bytes], wake: socket.socket) -> str | None:
+    def _loop(self, front: subprocess.Popen[bytes]) -> str | None:
         """Why the server cannot go on, or None after a stop by signal."""
-        announced = False
+        deadline: float | None = None
         while True:
             # Edge-triggered: ZeroMQ's descriptor says only "look", so look until there is nothing left.
             self.store.serve_pending()
-            for name, pid in self.store.registry.pids.items():
+            for name, pid in self.store.registry.take_hellos():
                 self._watch(name, pid)
-            if self.store.registry.url and not announced:
-                announced = True
+            if self.store.registry.url and not self._announced:
+                self._announced = True
                 self.on_serving()
-            if self._signals:
-                logger.info("%s: stopping", signal.Signals(self._signals[0]).name)
-                self._drain(front, wake)
+            now = time.monotonic()
+            if self.signals.noted and deadline is None:
+                logger.info("%s: stopping", self.signals.name)
+                deadline = now + self.grace_seconds
+                with contextlib.suppress(ProcessLookupError):
+                    front.send_signal(DRAIN_SIGNAL)
+            if len(self.signals.noted) > 1:
                 return None
-            for descriptor, _ in self._poll.poll():
-                if descriptor == wake.fileno():
-                    with contextlib.suppress(BlockingIOError):
-                        wake.recv(64)
-                elif descriptor in self._watched:
-                    name, pid = self._watched[descriptor]
-                    if self.ranks_restart and announced and name.startswith("rank "):
-                        self._poll.unregister(descriptor)
-                        del self._watched[descriptor]
-                        os.close(descriptor)
-                        continue
-                    if name == "exporter" and self._restart_exporter(descriptor):
-                        continue
-                    # What a rank said before it ended explains more than how its process went.
-                    self.store.serve_pending()
-                    failures = self.store.registry.failures
-                    return failures[0] if failures else f"{name} (process {pid}) {_how_it_ended(front, pid)}"
+            if deadline is not None and now >= deadline:
+                logger.warning("requests still in flight after %.0f s are dropped", self.grace_seconds)
+                return None
+            # One that stands still could not finish what it has: in a stop it is told at once.
+            self._wake_stopped(now, 0.0 if deadline is not None else self.stopped_seconds)
+            sleep = _LOOK_AGAIN_SECONDS if deadline is None else min(_LOOK_AGAIN_SECONDS, deadline - now)
+            ready = {descriptor for descriptor, _ in self._poll.poll(sleep * 1000)}
+            if self.signals.descriptor in ready:
+                self.signals.clear()
+            ended = sorted((d for d in ready if d in self._watched), key=lambda d: _place(self._watched[d][0]))
+            for descriptor in ended:
+                failure = self._ended(descriptor)
+                if failure is not None:
+                    return None if deadline is not None else failure
+
+    def _ended(self, descriptor: int) -> str | None:
+        """A process has ended: why the server cannot go on, or None if it can."""
+        name, pid = self._watched[descriptor]
+        how = how_it_ended(pid)
+        self._forget(descriptor)
+        if self.ranks_restart and self._announced and name.startswith("rank "):
+            return None
+        # What a process said before it ended explains more than how it went.
+        self.store.serve_pending()
+        if self.store.registry.failures:
+            return self.store.registry.failures[0]
+        if name == "exporter" and self._restart_exporter(how):
+            return None
+        return f"{name} (process {pid}) {how}"
+
+    def _wake_stopped(self, now: float, patience: float) -> None:
+        """Processes that nobody else looks after and that a signal has stopped go on.
+
+        Nothing else could help: while one of them stands still every client waits. Ranks are the router's to judge.
+        """
+        for name, pid in self._watched.values():
+            if name not in _ORDER or not is_stopped(pid):
+                self._stopped_since.pop(pid, None)
+            elif now - self._stopped_since.setdefault(pid, now) >= patience:
+                logger.warning("%s (process %d) is stopped; it is told to go on", name, pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
 
     def _watch(self, name: str, pid: int) -> None:
-        if any(known == (name, pid) for known in self._watched.values()):
+        if (name, pid) in self._watched.values():
             return
         try:
             descriptor = os.pidfd_open(pid)
@@ -130,47 +172,25 @@ class Supervisor:
         self._watched[descriptor] = (name, pid)
         self._poll.register(descriptor, select.POLLIN)
 
+    def _forget(self, descriptor: int) -> None:
+        self._poll.unregister(descriptor)
+        self._stopped_since.pop(self._watched.pop(descriptor)[1], None)
+        os.close(descriptor)
+
     def _start_exporter(self) -> None:
         if self.exporter is not None:
             self._exporter = subprocess.Popen(self.exporter, env=dict(self.environment), start_new_session=True)
             self._watch("exporter", self._exporter.pid)
 
-    def _restart_exporter(self, descriptor: int) -> bool:
-        """Whether the exporter's end is mended: not if it said why it ended, nor if it keeps ending."""
-        self.store.serve_pending()
-        if self.store.registry.failures or not self._exporter_restarts.died(0, time.monotonic()):
+    def _restart_exporter(self, how: str) -> bool:
+        """Whether the exporter's end is mended: not if it keeps ending."""
+        if not self._exporter_restarts.died(0, time.monotonic()):
             return False
         if self._exporter is not None:
-            logger.warning("the exporter %s; it is started again", _how_it_ended(self._exporter, self._exporter.pid))
-        self._poll.unregister(descriptor)
-        del self._watched[descriptor]
-        os.close(descriptor)
-        self.store.registry.pids.pop("exporter", None)
+            self._exporter.wait()
+        logger.warning("the exporter %s; it is started again", how)
         self._start_exporter()
         return True
-
-    def _drain(self, front: subprocess.Popen[bytes], wake: socket.socket) -> None:
-        """Asks the front to finish what it has; a second signal or the end of the grace period cuts it short."""
-        with contextlib.suppress(ProcessLookupError):
-            front.send_signal(DRAIN_SIGNAL)
-        deadline = time.monotonic() + self.grace_seconds
-        heard = len(self._signals)
-        ended = select.poll()
-        ended.register(wake, select.POLLIN)
-        # A rank that is just being started again asks for its experts; requests in flight may wait for it.
-        ended.register(self.store.descriptor, select.POLLIN)
-        for descriptor, (name, _) in self._watched.items():
-            if name == "front":
-                ended.register(descriptor, select.POLLIN)
-        while front.poll() is None and len(self._signals) == heard:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                logger.warning("requests still in flight after %.0f s are dropped", self.grace_seconds)
-                return
-            self.store.serve_pending()
-            ended.poll(left * 1000)
-            with contextlib.suppress(BlockingIOError):
-                wake.recv(64)
 
     def _end_everything(self) -> None:
         """Kills every descendant, however deep; as subreaper this process is the parent of all orphans.
@@ -195,18 +215,8 @@ class Supervisor:
         psutil.wait_procs(alive, timeout=1)
 
 
-def _how_it_ended(front: subprocess.Popen[bytes], pid: int) -> str:
-    status: int | None
-    if pid == front.pid:
-        status = front.wait()
-    else:
-        status = None
-        # Ours to reap only if its parent went first; its parent reaps it otherwise and the status is not known here.
-        with contextlib.suppress(psutil.Error, psutil.TimeoutExpired):
-            status = psutil.Process(pid).wait(timeout=0)
-    if status is None:
-        return "died"
-    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+def _place(name: str) -> int:
+    return _ORDER.index(name) if name in _ORDER else len(_ORDER)
 
 
 def _is_resource_tracker(process: psutil.Process) -> bool:

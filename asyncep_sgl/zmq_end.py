@@ -1,7 +1,8 @@
-"""ZeroMQ contexts that end with whoever holds them, in the order that ZeroMQ needs."""
+"""ZeroMQ's sockets as this project needs them: for this user's processes only, and ended in the order that it needs."""
 
 from __future__ import annotations
 
+import os
 import weakref
 from typing import Any
 
@@ -21,6 +22,14 @@ def ends_with(owner: object, context: zmq.Context[Any], sockets: list[zmq.Socket
     # A process that ends closes them anyhow, and must not wait for another thread's.
     end.atexit = False
     return end
+
+
+def for_own_user(socket: zmq.Socket[Any]) -> None:
+    """Lets only this user's processes speak to the Unix sockets that ``socket`` binds from now on.
+
+    The folder they lie in keeps others out already; this holds where somebody opens it.
+    """
+    socket.setsockopt(zmq.IPC_FILTER_UID, os.geteuid())
 
 
 def _end(context: zmq.Context[Any], sockets: list[zmq.Socket[Any]]) -> None:

@@ -39,9 +39,8 @@ from asyncep.demo.build import build_demo_model
 from asyncep.demo.data_command import DATASETS
 from asyncep.demo.weights import DemoDataMissing
 from asyncep.jobs.report import figures_of
-from asyncep.ports import free_port
 from asyncep.runtime.runtime import Runtime
-
+from asyncep_sgl.ports import free_port
 SEED = 20261123
 CLIENTS = 64
 CHARACTERS = 600

@@ -17,7 +17,9 @@ from typing import Any
 
 import openai
 import psutil
-from peer_start import await_answer, free_port
+from peer_start import await_answer
+
+from asyncep_sgl.ports import free_port
 
 
 def batch_survives_a_kill(model: Path, prompts: list[str]) -> dict[str, Any]:

@@ -12,8 +12,6 @@ from typing import IO
 import httpx
 from stock_end import end_with_parent, ended_whole
 
-from asyncep.ports import free_port as free_port
-
 FLUSH_SECONDS = 30.0
 
 

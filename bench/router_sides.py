@@ -22,7 +22,7 @@ import psutil
 from peer_start import flush_cache
 
 from asyncep.local_server import local_server
-from asyncep.ports import free_port
+from asyncep_sgl.ports import free_port
 
 PAGE = 16
 RANKS = 2

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from peer_start import answering, free_port
+from peer_start import answering
+
+from asyncep_sgl.ports import free_port
 
 # Nobody decodes here and nobody waits for a core that polls; the rest is SGLang's default.
 _FLAGS = (

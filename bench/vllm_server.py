@@ -7,7 +7,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from peer_start import answering, free_port
+from peer_start import answering
+
+from asyncep_sgl.ports import free_port
 
 _KV_GIB = 3
 # Tokens of a batch: what our ranks and SGLang compute at once at most.

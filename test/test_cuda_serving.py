@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
-from server import free_port
 
 from asyncep_sgl import launch
 from asyncep_sgl.attention.cuda_choice import PAGED_VARIABLE, CudaHost
@@ -19,6 +18,7 @@ from asyncep_sgl.config import CONFIG_VARIABLE, AsyncEPConfig
 from asyncep_sgl.cuda_host import Gpu, find_gpus, installed, visible
 from asyncep_sgl.cuda_serving import CudaPlan, plan
 from asyncep_sgl.errors import UsageError
+from asyncep_sgl.ports import free_port
 
 GIB = 1 << 30
 H100 = Gpu("NVIDIA H100", (9, 0), 80 * GIB)

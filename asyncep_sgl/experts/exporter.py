@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ import zmq
 from asyncep_sgl.config import AsyncEPConfig, GroupConfig
 from asyncep_sgl.errors import StoreError
 from asyncep_sgl.experts.client import StoreClient
+from asyncep_sgl.experts.link import address_towards
 from asyncep_sgl.experts.membership import Membership
 from asyncep_sgl.experts.messages import Done, Export, ExportRequest, Failed, Hello, Welcome
 from asyncep_sgl.experts.peers import (
@@ -43,6 +43,7 @@ from asyncep_sgl.experts.peers import (
 from asyncep_sgl.experts.segment import map_segment
 from asyncep_sgl.experts.transports.nixl_agent import make_agent
 from asyncep_sgl.lifeline import die_with
+from asyncep_sgl.zmq_end import for_own_user
 
 logger = logging.getLogger("asyncep")
 
@@ -88,13 +89,14 @@ class Exporter:
                 address = f"tcp://{host}:{port}"
                 self._socket.bind(address)
             else:
-                self._socket.bind(f"tcp://{_address_towards(host, int(port))}:*")
+                self._socket.bind(f"tcp://{address_towards(host, int(port))}:*")
                 address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         except (OSError, zmq.ZMQError) as error:
             raise StoreError(
                 f"--dist-init-addr {self.group.rendezvous}: node {self.group.node} cannot listen there ({error}); "
                 "give an address of node 0 that every host can reach"
             ) from error
+        for_own_user(self._socket)
         self._socket.bind(self.group.exporter_address)
         return address
 
@@ -225,21 +227,13 @@ def describe(group: GroupConfig, incarnation: int, export: Export) -> tuple[Desc
     return own, (agent, memory)
 
 
-def _address_towards(host: str, port: int) -> str:
-    """This host's address on the way to another. Sends nothing."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))
-        address: str = probe.getsockname()[0]
-        return address
-
-
 def main() -> None:
     """Started by the launcher; runs until it is ended."""
     logging.basicConfig(format="asyncep: %(message)s", level=logging.INFO)
     config = AsyncEPConfig.from_environment()
     if config is None:
         raise SystemExit("this module is started by asyncep serve, not by hand")
-    die_with(config.launcher_pid)
+    die_with(config.launcher_pid, config.run_directory)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     store = StoreClient(config.store_address)
     store.ask(Hello("exporter", os.getpid()), Welcome)

@@ -36,8 +36,8 @@ class _Answer(msgspec.Struct):
 
 
 def handles_address(store_address: str) -> str:
-    """Where the keeper beside a store listens: an abstract name, which the kernel forgets with the socket."""
-    return "\0" + store_address.rpartition("@")[2] + "-handles"
+    """Where the keeper beside a store listens: in the same private folder."""
+    return store_address.removeprefix("ipc://") + "-handles"
 
 
 class HandleKeeper:
@@ -49,8 +49,9 @@ class HandleKeeper:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         self._kept: dict[str, tuple[int, int]] = {}
+        self._address = handles_address(store_address)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.bind(handles_address(store_address))
+        self._socket.bind(self._address)
         self._socket.listen(64)
         self._thread = threading.Thread(target=self._serve, name="asyncep-handles", daemon=True)
         self._thread.start()
@@ -65,6 +66,8 @@ class HandleKeeper:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._address)
         self._thread.join()
         for descriptor, _ in self._kept.values():
             os.close(descriptor)

@@ -28,7 +28,7 @@ class TensorSpec(msgspec.Struct, frozen=True):
 class Hello(msgspec.Struct, tag=True, frozen=True):
     """First word of a process: the launcher watches ``pid`` from now on."""
 
-    role: Literal["front", "controller", "rank", "exporter"]
+    role: Literal["front", "controller", "detokenizer", "rank", "exporter"]
     pid: int
     rank: int = -1
 

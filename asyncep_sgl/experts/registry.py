@@ -75,6 +75,7 @@ class StoreRegistry(Generic[Client]):
         available: bytes of memory that can still be taken.
         limit: bytes the operator allows the store, or None.
         pids: process of each role that said hello: ``front``, ``controller``, ``rank 0`` …
+        hellos: role and process of each hello since they were taken last.
         url: where the front answers, once it does.
         failures: why ranks said they ended, in order.
     """
@@ -84,6 +85,7 @@ class StoreRegistry(Generic[Client]):
     available: Callable[[], int]
     limit: int | None = None
     pids: dict[str, int] = field(default_factory=dict)
+    hellos: list[tuple[str, int]] = field(default_factory=list)
     url: str | None = None
     failures: list[str] = field(default_factory=list)
     _segments: dict[tuple[int, str], _Held] = field(default_factory=dict)
@@ -123,6 +125,11 @@ class StoreRegistry(Generic[Client]):
             case GatherReport(rank=rank):
                 self._gathers[rank] = request
                 return [(client, Done())]
+
+    def take_hellos(self) -> list[tuple[str, int]]:
+        """Who has said hello since this was asked last."""
+        taken, self.hellos = self.hellos, []
+        return taken
 
     @property
     def complete(self) -> bool:
@@ -168,7 +175,9 @@ class StoreRegistry(Generic[Client]):
     def _hello(self, hello: Hello) -> Reply:
         if hello.role == "rank" and not 0 <= hello.rank < self.ranks:
             return Refused(f"rank {hello.rank} does not exist among --dp-size {self.ranks}")
-        self.pids[f"rank {hello.rank}" if hello.role == "rank" else hello.role] = hello.pid
+        name = f"rank {hello.rank}" if hello.role == "rank" else hello.role
+        self.pids[name] = hello.pid
+        self.hellos.append((name, hello.pid))
         return Welcome(shard_present=hello.role == "rank" and hello.rank in self._loaded)
 
     def _allocate(self, spec: TensorSpec, held: tuple[tuple[int, int], ...]) -> Reply:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-import secrets
+import tempfile
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -13,7 +14,7 @@ from asyncep_sgl.experts.messages import Refused, Reply, Request
 from asyncep_sgl.experts.registry import StoreRegistry
 from asyncep_sgl.experts.segment import OwnedSegment
 from asyncep_sgl.host import available_bytes
-from asyncep_sgl.zmq_end import ends_with
+from asyncep_sgl.zmq_end import ends_with, for_own_user
 
 logger = logging.getLogger(__name__)
 
@@ -21,14 +22,26 @@ logger = logging.getLogger(__name__)
 class StoreServer:
     """Owner of the host's experts. The launcher's loop calls `serve_pending` whenever `descriptor` is readable."""
 
-    def __init__(self, ranks: int, limit: int | None = None, *, devices: bool = False) -> None:
-        """``devices``: keeps descriptors of device memory too."""
-        # An abstract address: the kernel forgets it with the socket, so no file can be left behind.
-        self.address = f"ipc://@asyncep-{secrets.token_hex(8)}"
+    def __init__(
+        self, ranks: int, limit: int | None = None, *, devices: bool = False, directory: Path | None = None
+    ) -> None:
+        """Listens in ``directory``.
+
+        Args:
+            ranks: that share the experts.
+            limit: bytes they may take, or None.
+            devices: keeps descriptors of device memory too.
+            directory: a folder that no other user can enter; None makes one, which goes with this object. Not an
+                abstract address: to those, any user of the machine may speak.
+        """
+        self._own_directory = tempfile.TemporaryDirectory(prefix="asyncep-store-") if directory is None else None
+        folder = Path(self._own_directory.name) if self._own_directory is not None else directory
+        self.address = f"ipc://{folder}/store"
         self.registry: StoreRegistry[bytes] = StoreRegistry(ranks, OwnedSegment, available_bytes, limit)
         context = zmq.Context()
         self.socket = context.socket(zmq.ROUTER)
         self._end = ends_with(self, context, [self.socket])
+        for_own_user(self.socket)
         self.socket.bind(self.address)
         self._decoder = msgspec.msgpack.Decoder(Request)
         self._handles = HandleKeeper(self.address) if devices else None
@@ -68,3 +81,5 @@ class StoreServer:
         self.registry.close()
         if self._handles is not None:
             self._handles.close()
+        if self._own_directory is not None:
+            self._own_directory.cleanup()

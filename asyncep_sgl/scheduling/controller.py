@@ -10,7 +10,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -42,8 +41,6 @@ from asyncep_router.messages import BatchReport, Dispatch, Request
 from asyncep_router.policy import Frontend
 from asyncep_router.radix import new_view
 from asyncep_sgl.config import AsyncEPConfig
-from asyncep_sgl.experts.client import StoreClient
-from asyncep_sgl.experts.messages import Hello, Welcome
 from asyncep_sgl.model_support import read_config
 from asyncep_sgl.router_state import HEALTH
 from asyncep_sgl.scheduling import marks
@@ -52,6 +49,7 @@ from asyncep_sgl.scheduling.limits import limits_of
 from asyncep_sgl.scheduling.rank_life import RankLife
 from asyncep_sgl.scheduling.suspects import Suspects
 from asyncep_sgl.scheduling.wire import Beat, Finished, Started, Threshold, decode
+from asyncep_sgl.zmq_end import for_own_user
 
 logger = logging.getLogger(__name__)
 decisions = logging.getLogger("asyncep.decisions")
@@ -79,17 +77,16 @@ class RouterController(RankLife):
         self.config = config
         self._decision_seconds = Durations()
         self._submit_seconds = 0.0  # spent on requests that came since the last dispatch
-        store = StoreClient(config.store_address)
-        store.ask(Hello("controller", os.getpid()), Welcome)
-        store.close()
         super().__init__(server_args, port_args, *args, **kwargs)
 
         self._to_tokenizer = get_zmq_socket(self.context, zmq.PUSH, port_args.tokenizer_ipc_name, False)
         self._reports = self.context.socket(zmq.PULL)
         self._reports.set_hwm(0)
+        for_own_user(self._reports)
         self._reports.bind(config.router.report_address)
         self._state = self.context.socket(zmq.REP)
         self._state.linger = 0
+        for_own_user(self._state)
         self._state.bind(config.router.state_address)
 
         cost = ModelCost.from_config(read_config(get_model().model_path, get_model().revision))

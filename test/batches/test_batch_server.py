@@ -20,7 +20,9 @@ import openai
 import psutil
 import pytest
 from openai.types import Batch
-from server import Server, free_port, run, wait_ready
+from server import Server, run, wait_ready
+
+from asyncep_sgl.ports import free_port
 
 pytestmark = pytest.mark.server
 

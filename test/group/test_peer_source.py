@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import psutil
 import pytest
 import torch
-from server import free_port
 
 from asyncep_sgl.config import AsyncEPConfig, GroupConfig
 from asyncep_sgl.experts import peer_source
@@ -24,6 +23,7 @@ from asyncep_sgl.experts.peer_source import PeerSource
 from asyncep_sgl.experts.server import StoreServer
 from asyncep_sgl.experts.transports.remote import RemoteReader
 from asyncep_sgl.experts.view import ViewClient
+from asyncep_sgl.ports import free_port
 
 LAYERS, EXPERTS, WIDTH, INTER, NODES = 4, 6, 32, 64, 3
 

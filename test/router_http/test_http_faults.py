@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
-from router_http.harness import Load, NullWorker, RouterProcess, free_port, prompts, wait_for
+from asyncep_sgl.ports import free_port
+from router_http.harness import Load, NullWorker, RouterProcess, prompts, wait_for
 
 Workers = Callable[..., NullWorker]
 Routers = Callable[..., RouterProcess]

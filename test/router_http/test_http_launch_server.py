@@ -11,7 +11,8 @@ import httpx
 import psutil
 import pytest
 
-from router_http.harness import HERE, free_port, wait_for
+from asyncep_sgl.ports import free_port
+from router_http.harness import HERE, wait_for
 
 _PROGRAM = """
 import sys

@@ -17,7 +17,7 @@ import pytest
 from asyncep import Runtime, local_server, ports
 from asyncep.cli import main
 from asyncep.local_server import StartError, _Place, _wait_until_ready
-from asyncep.ports import free_port, is_free, is_listening
+from asyncep_sgl.ports import free_port, is_free, is_listening
 
 
 @pytest.fixture

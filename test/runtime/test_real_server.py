@@ -30,8 +30,8 @@ from asyncep.batching.scorer import INTERACTIVE_PROMPTS
 from asyncep.batching.tokens import LocalTokens, ServerTokens
 from asyncep.cli import main
 from asyncep.jobs.run import Progress
-from asyncep.ports import free_port
 from asyncep.runtime import runtime as runtime_module
+from asyncep_sgl.ports import free_port
 
 pytestmark = pytest.mark.server
 

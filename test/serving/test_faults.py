@@ -15,7 +15,9 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from server import Server, free_port
+from server import Server
+
+from asyncep_sgl.ports import free_port
 
 pytestmark = pytest.mark.server
 

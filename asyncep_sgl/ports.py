@@ -17,13 +17,16 @@ _RESERVED = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
 _LOWEST = 20000
 _LISTENING = "0A"
 _TRIES = 1000
+# Servers that are started together must not be given the same port before one of them listens.
+_given: set[int] = set()
 
 
 def free_port(host: str = "127.0.0.1") -> int:
     """A port on which nobody listens now and that the kernel gives to no connection of its own accord."""
     quiet, chance = _quiet_ports(), random.SystemRandom()
     for _ in range(_TRIES if quiet else 0):
-        if is_free(port := chance.choice(quiet), host):
+        if (port := chance.choice(quiet)) not in _given and is_free(port, host):
+            _given.add(port)
             return port
     # A host whose every port is ephemeral.
     with socket.create_server((host, 0), family=_family(host)) as probe:
