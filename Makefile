@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 PEER ?= build/peer-router
 VLLM ?= build/peer-vllm
+SCHEMATHESIS ?= build/peer-schemathesis
 .DEFAULT_GOAL := help
 .PHONY: $(shell sed -nE 's/^([a-z-]+):.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
@@ -21,6 +22,16 @@ serve: setup ## serve the demo model on http://127.0.0.1:30000 (ARGS="--port 800
 
 test: setup ## every test (ARGS="-k store" for some)
 	@$(PY) -m pytest $(ARGS)
+
+chaos: setup ## processes killed and stopped, links cut, disks full, under 100 clients, some 15 minutes (root: all of it; ARGS="--cases disk")
+	@$(PY) bench/chaos.py $(QUICK) $(ARGS)
+
+fuzz: setup ## 100,000 hostile requests on every route beside clients that behave (ARGS="--requests 5000 --seed 2")
+	@$(if $(QUICK),,scripts/peer_schemathesis.sh $(SCHEMATHESIS) || true)
+	@$(PY) bench/fuzz.py $(QUICK) $(if $(QUICK),,$$(test -e $(SCHEMATHESIS)/bin/st && echo --peer $(SCHEMATHESIS))) $(ARGS)
+
+soak: setup ## half an hour of honest and hostile load: memory and descriptors of every process
+	@$(PY) bench/soak.py $(QUICK) $(ARGS)
 
 lint: setup ## ruff (format and lint) and mypy --strict
 	@$(PY) -m ruff format --check .
@@ -97,4 +108,4 @@ lock: setup ## write requirements.lock anew from what .venv holds
 	@mv requirements.lock.new requirements.lock
 
 clean: ## remove .venv and caches (the cached demo model stays: asyncep demo-model --print-path)
-	rm -rf .venv build/peer-router .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build/peer-router build/peer-schemathesis .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -41,6 +41,7 @@ from asyncep.demo.weights import DemoDataMissing
 from asyncep.jobs.report import figures_of
 from asyncep.runtime.runtime import Runtime
 from asyncep_sgl.ports import free_port
+
 SEED = 20261123
 CLIENTS = 64
 CHARACTERS = 600

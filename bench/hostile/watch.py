@@ -1,0 +1,101 @@
+"""Memory and descriptors of each process, sampled while a suite runs, and what they say."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A process at one moment. Bytes: resident, private to it, and with each shared page divided by who share it."""
+
+    seconds: float
+    pid: int
+    rss: int
+    uss: int
+    pss: int
+    descriptors: int
+
+
+def sampled(roles: Mapping[str, psutil.Process], began: float) -> dict[str, Sample]:
+    """Each process now; one that has just ended is left out."""
+    found = {}
+    for name, process in roles.items():
+        with contextlib.suppress(psutil.Error, OSError):
+            memory = process.memory_full_info()
+            found[name] = Sample(
+                round(time.monotonic() - began, 1), process.pid, memory.rss, memory.uss, memory.pss, process.num_fds()
+            )
+    return found
+
+
+class Watch:
+    """Samples every so many seconds beside what else the loop does."""
+
+    def __init__(self, roles: Callable[[], Mapping[str, psutil.Process]], every: float) -> None:
+        self.series: dict[str, list[Sample]] = {}
+        self._roles, self._every = roles, every
+        self._began = time.monotonic()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Watch:
+        self._task = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._task is not None
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        await self.take()
+
+    def seconds(self) -> float:
+        """On the clock of the samples."""
+        return time.monotonic() - self._began
+
+    async def take(self) -> None:
+        """One more sample of each process."""
+        # Reading a large process's pages takes tens of milliseconds, which the clients' loop should not wait.
+        for name, sample in (await asyncio.to_thread(lambda: sampled(self._roles(), self._began))).items():
+            self.series.setdefault(name, []).append(sample)
+
+    async def _run(self) -> None:
+        while True:
+            await self.take()
+            await asyncio.sleep(self._every)
+
+    def largest_growth(self) -> tuple[int, str]:
+        """Most bytes by which a process ever stood above its first sample, and whose."""
+        growths = [
+            (max(sample.pss for sample in series) - series[0].pss, name)
+            for name, series in self.series.items()
+            if series
+        ]
+        return max(growths, default=(0, "none"))
+
+    def raw(self) -> dict[str, list[dict[str, Any]]]:
+        return {name: [asdict(sample) for sample in series] for name, series in self.series.items()}
+
+
+def growth(series: Sequence[Sample], settled: float, share: float = 0.15) -> float | None:
+    """Memory at the end over memory once settled, as a ratio less one; medians of stretches, since samples jump.
+
+    Args:
+        settled: seconds after which a process is to have all that it needs.
+        share: of the time after, at its beginning and at its end, that is compared.
+    """
+    after = [sample for sample in series if sample.seconds >= settled]
+    if len(after) < 4:
+        return None
+    count = max(2, int(len(after) * share))
+    first = statistics.median(sample.pss for sample in after[:count])
+    last = statistics.median(sample.pss for sample in after[-count:])
+    return last / first - 1 if first else None
