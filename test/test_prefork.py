@@ -56,7 +56,8 @@ def test_without_children_processes_are_spawned() -> None:
 
 def test_a_child_that_has_died_is_passed_over() -> None:
     found, status = run(
-        "fork_ahead(2)\nos.kill(_waiting[0].pid, signal.SIGKILL)\ntime.sleep(0.2)\nprint(json.dumps(ask()))"
+        "fork_ahead(2)\nos.kill(_waiting[0].pid, signal.SIGKILL)\n"
+        "os.waitid(os.P_PID, _waiting[0].pid, os.WEXITED | os.WNOWAIT)\nprint(json.dumps(ask()))"
     )
     assert found["forked"]
     assert status == 0
