@@ -97,6 +97,42 @@ def test_a_prefix_nobody_holds_is_computed_once_for_all_who_come_together(server
     assert cached("found") - found == (len(prompts) - 1) * len(shared)
 
 
+def test_a_single_request_passes_a_long_list_whose_answers_stay_in_order(server: Server) -> None:
+    prompts = [prompt(3000 + number)[: 60 + number % 90] for number in range(1500)]
+    body = {"input_ids": prompts, "sampling_params": NOTHING_NEW, "rid": "list"}
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(server.post, "/generate", body, 600)
+        wait_until(lambda: router(server)["pending_bulk"] > len(prompts) // 2)
+        single = {"input_ids": prompt(9000), "sampling_params": NOTHING_NEW}
+        assert server.post("/generate", single).status_code == 200
+        assert router(server)["pending_bulk"] > 0  # it was answered before the list was even sent to ranks
+        found = answer.result().json()
+    assert [each["meta_info"]["prompt_tokens"] for each in found] == [len(tokens) for tokens in prompts]
+    assert [each["meta_info"]["id"] for each in found] == [f"list_{number}" for number in range(len(prompts))]
+
+
+def test_one_bad_prompt_of_a_long_list_refuses_the_list_and_leaves_nothing_behind(server: Server) -> None:
+    prompts = [prompt(5000 + number)[:20] for number in range(300)]
+    prompts[280] = [-1]
+    answer = server.post("/generate", {"input_ids": prompts, "sampling_params": NOTHING_NEW})
+    assert answer.status_code == 400
+    wait_until(lambda: not router(server)["pending"])
+    state = router(server)
+    assert all(rank["outstanding_flops"] == 0 for rank in state["ranks"].values())
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
+def test_a_priority_above_normal_takes_the_admin_key(server: Server, path: str) -> None:
+    bodies: dict[str, dict[str, Any]] = {
+        "/generate": {"text": "a", "sampling_params": NOTHING_NEW},
+        "/v1/completions": {"model": "default", "prompt": "a", "max_tokens": 0},
+        "/v1/chat/completions": {"model": "default", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
+    }
+    answer = server.post(path, {**bodies[path], "priority": 1})
+    assert answer.status_code == 400
+    assert "--admin-api-key" in answer.text
+
+
 def test_metrics_count_known_requests(server: Server, tiny_model: Callable[[str], Path]) -> None:
     cost = ModelCost.from_config(json.loads((tiny_model("qwen3_moe") / "config.json").read_text()))
     server.post("/flush_cache", {})
