@@ -19,6 +19,11 @@ def how_it_ended(pid: int) -> str:
     return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
 
 
+def has_ended(pid: int) -> bool:
+    """Whether the process is gone, or its first thread is: its others may take a moment more."""
+    return _fields(pid)[:1] in ([], ["Z"], ["X"])
+
+
 def is_stopped(pid: int) -> bool:
     """Whether a signal has stopped the process; one that a debugger holds is not."""
     return _fields(pid)[:1] == ["T"]

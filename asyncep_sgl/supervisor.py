@@ -17,7 +17,7 @@ import psutil
 
 from asyncep_sgl.drain import DRAIN_SIGNAL
 from asyncep_sgl.experts.server import StoreServer
-from asyncep_sgl.process_state import how_it_ended, is_stopped
+from asyncep_sgl.process_state import has_ended, how_it_ended, is_stopped
 from asyncep_sgl.scheduling.restarts import RestartPolicy
 from asyncep_sgl.stop_signals import StopSignals
 
@@ -127,7 +127,11 @@ class Supervisor:
             ready = {descriptor for descriptor, _ in self._poll.poll(sleep * 1000)}
             if self.signals.descriptor in ready:
                 self.signals.clear()
-            ended = sorted((d for d in ready if d in self._watched), key=lambda d: _place(self._watched[d][0]))
+            ended = [descriptor for descriptor in ready if descriptor in self._watched]
+            if ended:
+                # A process whose threads are still ending is heard of later than its children, which ended with it.
+                ended = [descriptor for descriptor, (_, pid) in self._watched.items() if has_ended(pid)] or ended
+            ended.sort(key=lambda descriptor: _place(self._watched[descriptor][0]))
             for descriptor in ended:
                 failure = self._ended(descriptor)
                 if failure is not None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import zmq
 from sglang.srt.managers.io_struct import (
     AbortReq,
@@ -274,6 +275,9 @@ class RouterController(RankLife):
                 message = decode(self._reports.recv(zmq.NOBLOCK))
             except zmq.Again:
                 return
+            except msgspec.MsgspecError as error:
+                logger.warning("what is no report has come where ranks report: %s", error)
+                continue
             if isinstance(message, Finished):
                 if message.rank not in self._probing:  # one token says nothing about its speed
                     self.frontend.report(
