@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from asyncep import Runtime, local_server, ports
+from asyncep import Runtime, local_server
 from asyncep.cli import main
 from asyncep.local_server import StartError, _Place, _wait_until_ready
+from asyncep_sgl import ports
 from asyncep_sgl.ports import free_port, is_free, is_listening
 
 
