@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +113,13 @@ class BatchApi:
         self._loop = loop
 
     async def close(self) -> None:
-        """Stops; what is unfinished is kept."""
+        """Stops; what is unfinished is kept. Again it does nothing."""
         self._ended = True
         # Not before what is being opened is open, so that it is closed too.
         async with self._opening:
             await self._stack.aclose()
-        self.end()
+            self.end()
+            self._opened = None
         await self._client.aclose()
 
     def end(self) -> None:
@@ -263,8 +264,15 @@ class BatchLife:
         if scope["type"] != "lifespan":
             return await self._app(scope, receive, send)
         self._api.alive(asyncio.get_running_loop())
+
+        async def close_first(message: MutableMapping[str, Any]) -> None:
+            # Whoever has heard that the end is complete stops the loop.
+            if message["type"].startswith("lifespan.shutdown."):
+                await self._api.close()
+            await send(message)
+
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, close_first)
         finally:
             await self._api.close()
 

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import httpx
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from local_api import Api, api, rows, twice
+from starlette.applications import Starlette
 
 from asyncep_router.keys import Caller
+from asyncep_sgl.batches.api import BatchApi, BatchLife
 from asyncep_sgl.batches.bounds import Bounds
 from asyncep_sgl.batches.store import open_store
 
@@ -161,6 +164,35 @@ def test_owners_take_turns(tmp_path: Path) -> None:
     begun = order.index("bob")
     last = max(place for place, name in enumerate(order) if name == "bob")
     assert last - begun < 60
+
+
+def test_a_servers_end_is_complete_when_it_is_said_to_be(tmp_path: Path) -> None:
+    """A server stops its loop then; what was under way is no suspect for the next one."""
+
+    async def run() -> None:
+        app = Starlette()
+        batches = BatchApi(app, tmp_path, "model", most=1)
+        app.routes.extend(batches.routes())
+        said: list[str] = []
+        asked: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+
+        async def send(message: Any) -> None:
+            said.append(message["type"])
+            if message["type"] == "lifespan.startup.complete":
+                transport = httpx.ASGITransport(app=app)
+                async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                    assert (await client.get("/v1/files")).status_code == 200
+                asked.put_nowait({"type": "lifespan.shutdown"})
+            else:
+                assert (tmp_path / "in-order").exists()
+                async with open_store(tmp_path):
+                    pass
+
+        asked.put_nowait({"type": "lifespan.startup"})
+        await BatchLife(app, batches)({"type": "lifespan", "app": app, "state": {}}, asked.get, send)
+        assert said == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+
+    asyncio.run(run())
 
 
 # --- bounds ------------------------------------------------------------------------------------------------------
