@@ -56,6 +56,7 @@ class Quarantine:
     _present: set[str] = field(default_factory=set)
     _of_death: dict[str, int] = field(default_factory=dict)
     _trial: tuple[str, int] | None = None
+    _pinned_trial: int | None = None
     _reserved: int | None = None
     _since: float = 0.0
     _turn_until: float = 0.0
@@ -112,6 +113,19 @@ class Quarantine:
         self._present.update(rid for rid in had if rid not in self._suspects)
         return Death(suspects, None)
 
+    def rank_was_stopped(self, rank: int) -> str | None:
+        """A rank was ended because somebody had stopped it: no request is why. Returns the suspect tried there, if any.
+
+        It is to be set aside again.
+        """
+        if self._reserved == rank:
+            self._reserved = None
+        if self._trial is None or self._trial[1] != rank:
+            return None
+        (rid, _), self._trial = self._trial, None
+        self._suspects[rid] = self._pinned_trial
+        return rid
+
     def condemn(self, rid: str) -> int | None:
         """A request is answered as deadly; returns the earlier death that it explains."""
         self._present.discard(rid)
@@ -159,7 +173,7 @@ class Quarantine:
             return Step(None, None)
         if loads[self._reserved]:
             return Step(self._reserved, None)
-        del self._suspects[rid]
+        self._pinned_trial = self._suspects.pop(rid)
         self._trial = (rid, self._reserved)
         return Step(self._reserved, rid)
 

@@ -65,6 +65,8 @@ class RankLife(DataParallelController):  # type: ignore[misc] # upstream is unty
         self._restarted: collections.Counter[int] = collections.Counter()
         self._vigil = Vigil()
         self._looks: dict[int, tuple[ProcessState, float]] = {}
+        # Ranks that are ended because somebody has stopped them, which no request can do.
+        self._stopped: set[int] = set()
         # An operator has stopped all work; nothing moves, and nobody is stuck.
         self._paused = False
         # Threads that start ranks post here and wake the loop.
@@ -126,8 +128,11 @@ class RankLife(DataParallelController):  # type: ignore[misc] # upstream is unty
         if self._probing.pop(rank, None) is not None:
             self.suspects.rank_ended_starting(rank, now)
             returned = 0
+        elif rank in self._stopped:
+            returned = self.suspects.stopped_rank_died(rank, now)
         else:
             returned = self.suspects.rank_died(rank, now)
+        self._stopped.discard(rank)
         logger.warning(
             "rank %d ended with status %s; %d requests go elsewhere, the rank is started again",
             rank,
@@ -189,6 +194,7 @@ class RankLife(DataParallelController):  # type: ignore[misc] # upstream is unty
                 reason = f"it ended with status {process.exitcode} ({reason})"
                 self._gone(rank, process)
             self._starting.pop(rank, None)
+            self._stopped.discard(rank)
             logger.warning("rank %d could not be started again: %s", rank, reason)
             self.suspects.rank_ended_starting(rank, now)
             self._start_again(rank)
@@ -236,6 +242,8 @@ class RankLife(DataParallelController):  # type: ignore[misc] # upstream is unty
                 if quiet < limit or quiet - since < limit / 2:
                     continue
                 if stuck(before, state):
+                    if state.stopped:
+                        self._stopped.add(rank)
                     self._end(rank, process.pid, f"has not been heard for {quiet:.0f} s")
                 else:
                     # It computes without leaving the interpreter to its other threads, or has no processor.

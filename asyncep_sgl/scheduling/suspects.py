@@ -96,6 +96,18 @@ class Suspects:
             self._reserved = None
         return len(requests)
 
+    def stopped_rank_died(self, rank: int, now: float) -> int:
+        """A rank has been ended that somebody had stopped: what it had waits again. Returns how many requests."""
+        self.deaths.died(rank, now)
+        self._computing.pop(rank, None)
+        requests = self.frontend.rank_died(rank)
+        tried = self.quarantine.rank_was_stopped(rank)
+        if tried is not None and not self.frontend.set_aside(tried):
+            self.quarantine.forget(tried)
+        if self._reserved == rank:
+            self._reserved = None
+        return len(requests)
+
     def rank_ended_starting(self, rank: int, now: float) -> None:
         """A rank has died before it took any request."""
         self._computing.pop(rank, None)

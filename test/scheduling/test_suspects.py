@@ -205,6 +205,38 @@ def test_an_aborted_suspect_is_not_tried_and_a_trial_is_not_interrupted() -> Non
     assert host.suspects.quarantine.trial == ("a", 0)
 
 
+def test_no_request_is_suspected_of_having_stopped_a_rank() -> None:
+    host = Host(2, random.Random(1))
+    for number in range(6):
+        host.submit(f"r{number}")
+    for dispatch in host.front.poll(host.now):
+        host.queues[dispatch.rank].append(dispatch)
+    had = len(host.queues.pop(0))
+    assert had > 0
+    assert host.suspects.stopped_rank_died(0, host.now) == had
+    assert host.suspects.quarantine.tracked == 0
+    host._join(0)
+    host.settle(6)
+    assert set(host.answers.values()) == {200}
+
+
+def test_a_trial_whose_rank_is_stopped_is_held_again() -> None:
+    host = Host(1, random.Random(1))
+    host.submit("a", "before")
+    for dispatch in host.front.poll(host.now):
+        host.queues[0].append(dispatch)
+    host._die(0, host.queues[0][0])
+    (trial,) = host.suspects.step([0], host.now)
+    assert trial.rid == "a"
+    del host.queues[0]
+    host.suspects.stopped_rank_died(0, host.now)
+    assert host.suspects.quarantine.waiting == 1
+    host._join(0)
+    host.settle(5)
+    assert host.answers == {"a": 500}
+    assert host.kills == {"a": 2}
+
+
 def test_the_only_rank_is_shared_between_trials_and_others() -> None:
     quarantine = Quarantine(turn=1.0)
     quarantine.rank_died(0, [f"r{i}" for i in range(100)], (), {}, 1, 0.0)

@@ -28,7 +28,8 @@ def server(serve: Callable[..., Server], tiny_model: Callable[[str], Path]) -> S
 
 @pytest.fixture(scope="module")
 def lone(serve: Callable[..., Server], tiny_model: Callable[[str], Path]) -> Server:
-    return serve(tiny_model("qwen3_moe"), "--dtype", "float32", ranks=1)
+    grace = ("--shutdown-grace-period-secs", "90")
+    return serve(tiny_model("qwen3_moe"), "--dtype", "float32", *grace, ranks=1)
 
 
 def test_ten_deaths_under_load_cost_nothing_but_moments(server: Server) -> None:
