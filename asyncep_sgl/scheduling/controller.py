@@ -238,8 +238,15 @@ class RouterController(RankLife):
             self._send(self.suspects.step(self.ranks_serving(), now))
             self._send(self._decide())
             if self._state in ready:
-                asked = self._state.recv()
-                self._state.send(json.dumps(self.health() if asked == HEALTH else self.state()).encode())
+                self._answer_question()
+
+    def _answer_question(self) -> None:
+        """Somebody asks for the state or for health; ZeroMQ also wakes for what it then drops as no question."""
+        try:
+            asked = self._state.recv_multipart(zmq.NOBLOCK)[-1]
+        except zmq.Again:
+            return
+        self._state.send(json.dumps(self.health() if asked == HEALTH else self.state()).encode())
 
     def _sleep_seconds(self, now: float) -> float:
         if not all(self._probing.values()):
