@@ -7,7 +7,7 @@ nothing; a list of 10,000 prompts; the same for one rank by name; 10,000 prompts
 list of long prompts; 400 prompts of low priority; a batch; a text of 10 MB; a list of long texts. The other client is a
 process of its own. The p95 of the first client beside each load is held against its p95 beside nothing and the time of
 two batches, which is what a rank may have been given when a request comes. A batch is timed by itself: a list of as
-many prompts of the load's length as fill one, for one rank. Writes `bench/out/fairness.json`.
+many prompts of the load's length as fill one, for each rank. Writes `bench/out/fairness.json`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -188,17 +189,17 @@ def quantile(ordered: Sequence[float], q: float) -> float:
 
 
 def batch_seconds(url: str, tokens: int) -> float:
-    """Seconds of a batch of prompts of so many tokens, on an idle server; the median of three."""
-    found = []
-    for number in range(3):
-        prompts = _prompts(BATCH_TOKENS // tokens, tokens, SEED + number)
+    """Seconds of a batch of prompts of so many tokens while the other rank computes one too; the median of six."""
+
+    def one(rank: int, number: int) -> float:
+        prompts = _prompts(BATCH_TOKENS // tokens, tokens, SEED + 2 * number + rank)
         began = time.perf_counter()
-        answer = httpx.post(
-            f"{url}/generate", json={"input_ids": prompts, "routed_dp_rank": 0, **NO_TOKENS}, timeout=600
-        )
-        answer.raise_for_status()
-        found.append(time.perf_counter() - began)
-    return statistics.median(found)
+        body = {"input_ids": prompts, "routed_dp_rank": rank, **NO_TOKENS}
+        httpx.post(f"{url}/generate", json=body, timeout=600).raise_for_status()
+        return time.perf_counter() - began
+
+    with ThreadPoolExecutor(2) as pool:
+        return statistics.median(took for number in range(3) for took in pool.map(one, range(2), [number] * 2))
 
 
 @contextlib.contextmanager

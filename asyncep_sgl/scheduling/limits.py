@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from asyncep_router.config import Limits
 from asyncep_router.cost import ModelCost
 
 # T of a host that gathers nothing, in tokens: so little is not worth a second rank's batch.
 SPREAD_TOKENS = 256
+# As long as a rank computes so many tokens, it is busy with a request besides: taking it in, answering it.
+TOKENS_A_REQUEST = 16
 
 
 def limits_of(
@@ -23,4 +27,10 @@ def limits_of(
     """
     saturating = tokens if gathers else min(tokens, SPREAD_TOKENS)
     batch = max(tokens, chunk_tokens) if on_gpu and not gathers else tokens
-    return Limits(max_wait=max_wait, default_threshold=cost.flops(saturating), least_batch=cost.flops(batch))
+    return Limits(
+        max_wait=max_wait,
+        default_threshold=cost.flops(saturating),
+        least_batch=cost.flops(batch),
+        # Where gathers have to be hidden, FLOPs are what hides them.
+        most_requests=math.inf if gathers else max(1, 2 * batch // TOKENS_A_REQUEST),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from asyncep_router.errors import ConfigError
@@ -16,6 +17,7 @@ class Limits:
     `inflight_target`: a rank is given work while it has less than this many batches outstanding; 2 is the one it
     computes and the next one. A batch is T, or `least_batch` FLOPs where that is more: T may be next to nothing where
     no weights are gathered, and batches of that would compute badly.
+    `most_requests`: a rank is given no more while it has so many outstanding, however little they cost.
     `max_wait`: seconds a request may be held for company while less than a batch of work waits for an idle rank.
     0 sends at once: then no rank is ever idle while work waits.
     `starve_after`: seconds from which a waiting request goes before others of its rank and queue, and has a share
@@ -45,6 +47,7 @@ class Limits:
     await_prefix: bool = True
     await_share: float = 1 / 64
     least_batch: float = 0.0
+    most_requests: float = math.inf
     default_threshold: float = 1e15
     without: frozenset[str] = frozenset()
 
@@ -55,6 +58,7 @@ class Limits:
             ("starve_after", 0),
             ("block", 1),
             ("least_batch", 0),
+            ("most_requests", 1),
         ):
             if not getattr(self, name) >= least:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be at least {least}")

@@ -20,6 +20,7 @@ work never ends is `Shares`.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -38,9 +39,9 @@ class _Owner:
 
     __slots__ = ("flows", "now", "start")
 
-    def __init__(self, start: int) -> None:
+    def __init__(self, start: float) -> None:
         self.start = start
-        self.now = 0
+        self.now = 0.0
         self.flows = 0
 
 
@@ -60,13 +61,13 @@ class Flow:
 
 
 class _Held:
-    """What waits of a client in quick, by order of submission, and its FLOPs."""
+    """What waits of a client in quick, by order of submission, and what it weighs, in FLOPs."""
 
-    __slots__ = ("entries", "flops")
+    __slots__ = ("entries", "weight")
 
     def __init__(self) -> None:
         self.entries: dict[int, Entry] = {}
-        self.flops = 0
+        self.weight = 0.0
 
 
 class Level:
@@ -86,7 +87,7 @@ class Level:
         self._pinned_quick = 0
         self._held: dict[str, _Held] = {}  # what waits in quick, by client
         self._owners: dict[str, _Owner] = {}
-        self._now = 0
+        self._now = 0.0
 
     def __len__(self) -> int:
         return len(self.quick) + self._pinned_quick + self.bulk
@@ -97,16 +98,20 @@ class Level:
         for flow in self.flows.values():
             yield flow.queue
 
-    def add(self, entry: Entry, window: float) -> None:
-        """File an entry. `window`: FLOPs of one client's quick work. An entry that comes back stays what it was."""
+    def add(self, entry: Entry, window: float, least: float) -> None:
+        """File an entry. An entry that comes back stays what it was.
+
+        `window`: FLOPs of one client's quick work. `least`: FLOPs that a request counts at least.
+        """
+        entry.weight = max(entry.flops, least)
         request = entry.request
         client = request.client
         if entry.bulk is None:
-            long = request.company > 1 and request.company * entry.flops > window
+            long = request.company > 1 and request.company * entry.weight > window
             entry.flow_name = request.flow if long else ""
             entry.bulk = long or (client, "") in self.flows
             held = self._held.get(client)
-            if not entry.bulk and held is not None and held.flops + entry.flops > window:
+            if not entry.bulk and held is not None and held.weight + entry.weight > window:
                 for other in list(held.entries.values()):
                     self.remove(other)
                     self._file_bulk(other)
@@ -118,7 +123,7 @@ class Level:
             if held is None:
                 held = self._held[client] = _Held()
             held.entries[entry.seq] = entry
-            held.flops += entry.flops
+            held.weight += entry.weight
             self._file(entry, self.quick)
 
     def remove(self, entry: Entry) -> None:
@@ -135,10 +140,11 @@ class Level:
         self._forget(entry)
         return claimed
 
-    def charge(self, entry: Entry, flops: int) -> None:
+    def charge(self, entry: Entry, flops: float) -> None:
         """A waiting entry is sent: its flow has had its turn."""
         flow = entry.flow
         if flow is not None:
+            flops = max(flops, entry.weight)
             owner = flow.owner
             self._now = max(self._now, owner.start)
             owner.start += flops
@@ -163,11 +169,6 @@ class Level:
         """Requests for a rank by name."""
         return sum(len(pinned.get(rank, ())) for pinned in self._pinned)
 
-    def held(self, client: str) -> int:
-        """FLOPs of a client's quick work."""
-        held = self._held.get(client)
-        return 0 if held is None else held.flops
-
     def check_integrity(self) -> None:
         """Raise `IntegrityError` if queues and counts disagree. Walks everything."""
         for queue in self.queues():
@@ -180,8 +181,9 @@ class Level:
                 raise IntegrityError(f"{entry.request.rid!r} is not where quick requests are")
         if quick != sum(len(held.entries) for held in self._held.values()):
             raise IntegrityError(f"{quick} requests are quick, clients hold another number")
-        if any(held.flops != sum(e.flops for e in held.entries.values()) for held in self._held.values()):
-            raise IntegrityError("the FLOPs that a client holds are not its requests'")
+        for held in self._held.values():
+            if not math.isclose(held.weight, sum(each.weight for each in held.entries.values())):
+                raise IntegrityError("what a client holds weighs something else than its requests")
         if len(pinned[False]) != self._pinned_quick:
             raise IntegrityError(f"{len(pinned[False])} quick requests for a rank, {self._pinned_quick} counted")
         if self.bulk != len(pinned[True]) + sum(len(flow.queue) for flow in self.flows.values()):
@@ -243,7 +245,7 @@ class Level:
                 flow.pinned -= 1
         if flow is None:
             held = self._held[request.client]
-            held.flops -= entry.flops
+            held.weight -= entry.weight
             del held.entries[entry.seq]
             if not held.entries:
                 del self._held[request.client]
@@ -277,5 +279,5 @@ class Shares:
         self.credit -= flops
 
 
-def _by_start(flow: Flow) -> tuple[int, int]:
+def _by_start(flow: Flow) -> tuple[float, float]:
     return flow.owner.start, flow.start

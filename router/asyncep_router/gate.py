@@ -4,10 +4,13 @@ T is the FLOPs of a batch from which the gather of the next layer's experts hide
 this one (MISSION: T = t_EP F gamma). A rank is *saturated* at or above T of outstanding FLOPs, and
 *open* while it has less than `inflight_target` batches: the one it computes and the one it takes next.
 More would only bind requests to a rank earlier than need be. A batch is T, but not less than what computes
-well: where nothing is gathered T is small, so that work is spread at once, and batches are not.
+well: where nothing is gathered T is small, so that work is spread at once, and batches are not. Requests have a limit
+too: a thousand of three tokens are few FLOPs and, each for its own handling, much time.
 """
 
 from __future__ import annotations
+
+import math
 
 from asyncep_router.errors import ConfigError, IntegrityError, UnknownRankError
 
@@ -19,19 +22,23 @@ class Gate:
     three are subsets of `alive`, and idle ⊆ unsaturated ⊆ open.
     """
 
-    def __init__(self, inflight_target: float, least_batch: float = 0.0) -> None:
+    def __init__(self, inflight_target: float, least_batch: float = 0.0, most_requests: float = math.inf) -> None:
         if inflight_target < 1:
             raise ConfigError(f"inflight_target={inflight_target!r}: below 1 no rank could ever saturate")
         self._target = inflight_target
         self._least_batch = least_batch
+        self._most_requests = most_requests
         self._threshold: dict[int, float] = {}
         self._outstanding: dict[int, int] = {}
+        self._crowded = 0
         self.alive = 0
         self.idle = 0
         self.unsaturated = 0
         self.open = 0
         self.capacity = 0.0
         """FLOPs of a batch on each rank that may take work; where none may, on each that ever did."""
+        self.least_weight = 0.0
+        """FLOPs that a request weighs at least: as if a rank's limits of requests and of FLOPs were one."""
 
     def join(self, rank: int, threshold: float) -> None:
         """A rank starts to take work; `threshold` is T in FLOPs of a whole pass."""
@@ -68,9 +75,10 @@ class Gate:
         """FLOPs from which on a rank is given no more. Raises `UnknownRankError`."""
         return self.batch(rank) * self._target
 
-    def note(self, rank: int, outstanding: int) -> None:
-        """The rank's outstanding FLOPs changed."""
+    def note(self, rank: int, outstanding: int, requests: int) -> None:
+        """The rank's outstanding FLOPs and requests changed."""
         self._outstanding[rank] = outstanding
+        self._crowded = self._crowded & ~(1 << rank) | ((requests >= self._most_requests) << rank)
         self._sort(rank)
 
     def fill(self, rank: int) -> float:
@@ -87,6 +95,7 @@ class Gate:
     def _add_up(self) -> None:
         ranks = [rank for rank in self._threshold if self.alive >> rank & 1] or list(self._threshold)
         self.capacity = sum(self.batch(rank) for rank in ranks)
+        self.least_weight = self.capacity / len(ranks) * self._target / self._most_requests
 
     def _sort(self, rank: int) -> None:
         bit = 1 << rank
@@ -94,6 +103,7 @@ class Gate:
         here = self.alive & bit
         load = self._outstanding.get(rank, 0)
         threshold = self._threshold[rank]
+        room = here & ~self._crowded
         self.idle = self.idle & others | (here if load <= 0 else 0)
-        self.unsaturated = self.unsaturated & others | (here if load < threshold else 0)
-        self.open = self.open & others | (here if load < self.limit(rank) else 0)
+        self.unsaturated = self.unsaturated & others | (room if load < threshold else 0)
+        self.open = self.open & others | (room if load < self.limit(rank) else 0)

@@ -64,7 +64,8 @@ class Request:
 class Dispatch:
     """Instruction: send this request to that rank now. It is already charged when it is returned.
 
-    `cached`: tokens of its prompt expected in the rank's cache. `flops`: net of them, what was charged.
+    `cached`: tokens of its prompt expected in the rank's cache. `flops`: net of them, what was charged. `bulk`: others
+    may still pass it in the rank (`fairness.py`).
     """
 
     rid: str
@@ -74,6 +75,7 @@ class Dispatch:
     flops: int
     waited: float
     request: Request
+    bulk: bool = False
 
 
 @dataclass(frozen=True, slots=True)

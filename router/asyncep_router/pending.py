@@ -44,7 +44,7 @@ class Entry:
 
     `chain`: hashes of its blocks, never empty. `flops`: estimate of its net cost, for weighing groups.
     The rest is the policy's: `match` as of `version` of the view, and in flight `warms`, the blocks it
-    computes. `bulk`, `flow_name`, `flow` and `queue`: where `fairness.py` has put it.
+    computes. `bulk`, `flow_name`, `flow` and `queue`: where `fairness.py` has put it, and `weight` its weight there.
     """
 
     __slots__ = (
@@ -61,6 +61,7 @@ class Entry:
         "seq",
         "version",
         "warms",
+        "weight",
     )
 
     def __init__(self, request: Request, seq: int, chain: tuple[int, ...]) -> None:
@@ -76,6 +77,7 @@ class Entry:
         self.bulk: bool | None = None
         self.flow: Flow | None = None
         self.flow_name = ""
+        self.weight = 0.0
         self.queue: PendingQueue | None = None
 
 

@@ -62,7 +62,7 @@ class Frontend:
         self.view = view
         self.limits = limits or Limits()
         self.ledger = Ledger()
-        self.gate = Gate(self.limits.inflight_target, self.limits.least_batch)
+        self.gate = Gate(self.limits.inflight_target, self.limits.least_batch, self.limits.most_requests)
         self.placing = Placing(cost, view, self.limits, self.ledger, self.gate)
         self.counters = Counters()
         self.reasons: dict[Reason, int] = dict.fromkeys(Reason, 0)
@@ -104,7 +104,7 @@ class Frontend:
         """
         self.gate.leave(rank)
         charges = self.ledger.take_back_all(rank)
-        self.gate.note(rank, 0)
+        self._note(rank)
         self.view.remove_rank(rank)
         self._forget_cache(rank)
         entries = sorted((self._landed(charge) for charge in charges), key=_by_seq)
@@ -154,7 +154,7 @@ class Frontend:
         done = self.ledger.settle(report)
         for charge in done:
             self._landed(charge)
-        self.gate.note(report.rank, self.ledger.account(report.rank).outstanding)
+        self._note(report.rank)
         self.counters.finished += len(done)
         return done
 
@@ -188,7 +188,7 @@ class Frontend:
         if charge is None:
             return False
         self._landed(charge)
-        self.gate.note(charge.rank, self.ledger.account(charge.rank).outstanding)
+        self._note(charge.rank)
         self.counters.aborted += 1
         return True
 
@@ -197,7 +197,7 @@ class Frontend:
         charge = self.ledger.take_back(rid)
         if charge is None:
             return False
-        self.gate.note(charge.rank, self.ledger.account(charge.rank).outstanding)
+        self._note(charge.rank)
         self.counters.returned += 1
         self._wait(self._landed(charge))
         return True
@@ -374,7 +374,7 @@ class Frontend:
         entry.flops = self.cost.flops(*self.placing.split(request, match.longest), request.logits)
         self._waiting[request.rid] = entry
         self.placing.waiting_flops += entry.flops
-        self._level(request.priority).add(entry, self.limits.window * self.gate.capacity)
+        self._level(request.priority).add(entry, self.limits.window * self.gate.capacity, self.gate.least_weight)
         if request.pinned is None:
             if request.deadline is not None:
                 heapq.heappush(self._deadlines, (request.deadline, entry.seq, request.rid))
@@ -487,7 +487,7 @@ class Frontend:
         flops = max(1, self.cost.flops(new, cached, request.logits))
         saved = self.cost.flops(len(request.token_ids), 0, request.logits) - flops
         self.ledger.charge(Charge(request.rid, rank, flops, new, cached, now), saved)
-        self.gate.note(rank, self.ledger.account(rank).outstanding)
+        self._note(rank)
         level = self._levels[request.priority]
         level.charge(entry, flops)
         claimed = self.placing.claimed.get(rank, 0) - entry.flops
@@ -511,7 +511,12 @@ class Frontend:
         counters.charged_flops += flops
         counters.saved_flops += saved
         self.reasons[reason] += 1
-        return Dispatch(request.rid, rank, reason, cached, flops, now - request.arrival, request)
+        return Dispatch(request.rid, rank, reason, cached, flops, now - request.arrival, request, bool(entry.bulk))
+
+    def _note(self, rank: int) -> None:
+        """What a rank has in flight changed."""
+        account = self.ledger.account(rank)
+        self.gate.note(rank, account.outstanding, len(account.in_flight))
 
     def _landed(self, charge: Charge) -> Entry:
         """A request left its rank, finished or not: what it was computing is there, or is not coming."""

@@ -271,6 +271,25 @@ def test_named_ranks_wait_for_room_like_everybody_else() -> None:
     assert len(house.sent) == 201
 
 
+def test_a_rank_is_given_no_more_than_so_many_requests_however_small() -> None:
+    house = House(2, most_requests=5)
+    house.list_of(50, tokens=3, client="list")
+    assert len(house.poll()) == 10
+    assert all(len(flying) == 5 for flying in house.flying)
+    assert house.poll() == []
+    house.submit(rid="mine", client="me")
+    assert house.step()[0].rid == "mine"
+    house.run()
+    assert len(house.sent) == 51
+
+
+def test_what_is_sent_says_whether_others_may_pass_it() -> None:
+    house = House()
+    house.list_of(50, client="list")
+    house.submit(rid="mine", client="me")
+    assert [(each.rid == "mine") for each in house.poll()] == [not each.bulk for each in house.sent]
+
+
 def test_a_death_returns_requests_to_where_they_were() -> None:
     house = House(2)
     house.list_of(100, client="list")

@@ -22,6 +22,8 @@ def test_limits(gathers: bool, on_gpu: bool, saturating: int, batch: int) -> Non
     assert limits.default_threshold == COST.flops(saturating)
     assert limits.least_batch == COST.flops(batch)
     assert limits.max_wait == 0.5
+    # Two batches of short prompts, except where FLOPs have to hide gathers.
+    assert limits.most_requests == (float("inf") if gathers else 2 * batch // 16)
 
 
 def test_a_batch_of_less_than_the_usual_t_is_taken_at_its_word() -> None:
