@@ -7,11 +7,13 @@ compares them with the installed SGLang, so that a field of a later version is n
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from asyncep_sgl.front.rules import (
+    Refused,
     Rule,
     flag,
     keyed,
@@ -19,7 +21,6 @@ from asyncep_sgl.front.rules import (
     not_unicode,
     number,
     one_or_list,
-    refused,
     shown,
     text,
     whole,
@@ -30,14 +31,14 @@ INT32, INT64 = 2**31 - 1, 2**63 - 1
 _ALL_TOKENS = 1 << 30
 _MOST_IDS = 1024
 _NAME = text(256)
-_MEDIA = refused("the models here read text; put the content into text or input_ids")
+_MEDIA = Refused("the models here read text; put the content into text or input_ids")
 _ADAPTERS = text(4096)
-_TWO_STAGE = refused("prefill and decode run in one server")
-_SESSIONS = refused("every prompt is whole; prefixes are shared without sessions")
-_TENSORS = refused("prompts are text or token ids")
-_SEEN_INSIDE = refused("a rank answers with log-probabilities only")
-_OURS = refused("SGLang sets this field itself")
-_CODE = refused("a request cannot bring code")
+_TWO_STAGE = Refused("prefill and decode run in one server")
+_SESSIONS = Refused("every prompt is whole; prefixes are shared without sessions")
+_TENSORS = Refused("prompts are text or token ids")
+_SEEN_INSIDE = Refused("a rank answers with log-probabilities only")
+_OURS = Refused("SGLang sets this field itself")
+_CODE = Refused("a request cannot bring code")
 
 # Reserved by SGLang for its own signs of life, which pass the router by.
 _HEALTH_CHECK = "HEALTH_CHECK"
@@ -99,8 +100,8 @@ _SHARED: Mapping[str, Rule] = {
     "return_prompt_token_ids": flag,
     "external_trace_header": keyed(str.isprintable, text(4096), 64, "a printable name"),
     "received_time": number(0, 1e15),
-    "multi_item_delimiter_indices": refused("prompts of several items are not scored in one pass"),
-    "token_indices_to_pool": refused("logits are read after the last token"),
+    "multi_item_delimiter_indices": Refused("prompts of several items are not scored in one pass"),
+    "token_indices_to_pool": Refused("logits are read after the last token"),
 }
 
 GENERATE: Mapping[str, Rule] = {
@@ -120,9 +121,9 @@ GENERATE: Mapping[str, Rule] = {
     "need_wait_for_mm_inputs": _MEDIA,
     "num_items_assigned": _MEDIA,
     "encoder_urls": _MEDIA,
-    "watermark": refused("nothing is written that could carry one"),
-    "return_sampling_mask": refused("tokens are not sampled here"),
-    "sampling_logprobs_mode": refused("tokens are not sampled here"),
+    "watermark": Refused("nothing is written that could carry one"),
+    "return_sampling_mask": Refused("tokens are not sampled here"),
+    "sampling_logprobs_mode": Refused("tokens are not sampled here"),
     "return_text_in_logprobs": flag,
     "return_flat_raw_top_logprobs": flag,
     "return_flat_raw_output_top_logprobs": flag,
@@ -130,7 +131,7 @@ GENERATE: Mapping[str, Rule] = {
     "stream": flag,
     "return_hidden_states": _SEEN_INSIDE,
     "return_routed_experts": _SEEN_INSIDE,
-    "routed_experts_start_len": refused("a rank answers with log-probabilities only", unless=[0]),
+    "routed_experts_start_len": Refused("a rank answers with log-probabilities only", unless=(0,)),
     "return_indexer_topk": _SEEN_INSIDE,
     "return_entropy": _SEEN_INSIDE,
     "return_bytes": _OURS,
@@ -148,8 +149,8 @@ GENERATE: Mapping[str, Rule] = {
     "max_thinking_tokens": whole(0, INT32),
     "priority": whole(-1000, 1000),
     "no_logs": flag,
-    "custom_labels": refused("every label would be a metric series of its own"),
-    "kv_hints": refused("the router inside decides where a prompt goes"),
+    "custom_labels": Refused("every label would be a metric series of its own"),
+    "kv_hints": Refused("the router inside decides where a prompt goes"),
 }
 
 EMBEDDING: Mapping[str, Rule] = {
@@ -160,7 +161,7 @@ EMBEDDING: Mapping[str, Rule] = {
     "priority": whole(-1000, 1000),
     "dimensions": whole(1, INT32),
     "return_pooled_hidden_states": flag,
-    "decision_layout": refused("decision heads are not served"),
+    "decision_layout": Refused("decision heads are not served"),
 }
 
 # Checked by code of their own, below.
@@ -169,13 +170,13 @@ BY_VOCABULARY = frozenset({"top_logprobs_num", "token_ids_logprob", "sampling_pa
 PER_PROMPT = frozenset(_EACH_PROMPT)
 
 _GRAMMAR = "a grammar constrains decoding, and nothing is decoded; read log-probabilities (token_ids_logprob) instead"
-_STATE = refused("SGLang's own state, not a parameter", unless=[0, False])
+_STATE = Refused("SGLang's own state, not a parameter", unless=(0, False))
 _SCALAR = one_or_list(lambda v: None if isinstance(v, bool | int | float | str) else "a scalar is needed", 64)
 
 
 def sampling(bounds: Bounds) -> Mapping[str, Rule]:
     """The rules of SGLang's sampling parameters."""
-    grammar = text(1 << 16) if bounds.decodes else refused(_GRAMMAR)
+    grammar = text(1 << 16) if bounds.decodes else Refused(_GRAMMAR)
     token = whole(0, bounds.vocabulary - 1)
 
     def is_token(name: str) -> bool:
@@ -185,7 +186,7 @@ def sampling(bounds: Bounds) -> Mapping[str, Rule]:
         "max_new_tokens": whole(0, INT32),
         "stop": one_or_list(text(1024), 32),
         "stop_token_ids": list_of(token, _MOST_IDS),
-        "stop_regex": one_or_list(text(256), 32) if bounds.decodes else refused("nothing is decoded that could stop"),
+        "stop_regex": one_or_list(text(256), 32) if bounds.decodes else Refused("nothing is decoded that could stop"),
         "temperature": number(0, 1000),
         "top_p": number(0, 1, above=True),
         "top_k": whole(-1, _ALL_TOKENS),
@@ -208,7 +209,7 @@ def sampling(bounds: Bounds) -> Mapping[str, Rule]:
         "logit_bias": keyed(is_token, number(-100, 100), _MOST_IDS, "a token id of the vocabulary"),
         "sampling_seed": whole(-INT64 - 1, INT64),
         "custom_params": keyed(str.isprintable, _SCALAR, 64, "a printable name"),
-        "watermark": refused("nothing is written that could carry one"),
+        "watermark": Refused("nothing is written that could carry one"),
         "stop_strs": _STATE,
         "stop_regex_strs": _STATE,
         "stop_str_max_len": _STATE,
@@ -220,6 +221,8 @@ def sampling(bounds: Bounds) -> Mapping[str, Rule]:
 
 def check_request(request: Any, bounds: Bounds) -> int:
     """Checks every field of a request before any work is done for it.
+
+    A field that is not served and asks for nothing, such as an empty list, is set to its default.
 
     Args:
         request: has the fields of SGLang's ``GenerateReqInput`` or ``EmbeddingReqInput`` as attributes.
@@ -234,7 +237,10 @@ def check_request(request: Any, bounds: Bounds) -> int:
     prompts = _check_prompts(request, bounds)
     table = GENERATE if hasattr(request, "return_logprob") else EMBEDDING
     for name, rule in table.items():
-        _refuse(name, getattr(request, name, None), rule)
+        value = getattr(request, name, None)
+        _refuse(name, value, rule)
+        if isinstance(rule, Refused) and value is not None:
+            setattr(request, name, _default(request, name))
     for name, rule in _EACH_PROMPT.items():
         _check_each(name, getattr(request, name, None), rule, prompts, null=name in _ANY_NULL)
     top = whole(0, bounds.vocabulary)
@@ -248,6 +254,10 @@ def check_request(request: Any, bounds: Bounds) -> int:
             "(--asyncep-max-prompts); send several requests"
         )
     return total
+
+
+def _default(request: Any, name: str) -> Any:
+    return next(field.default for field in dataclasses.fields(request) if field.name == name)
 
 
 def _check_prompts(request: Any, bounds: Bounds) -> int | None:
@@ -358,10 +368,12 @@ def _check_sampling(value: Any, prompts: int | None, bounds: Bounds) -> int:
             raise ValueError(f"{name}: {shown(entry)}: an object is needed")
         if any(entry is one for one in good[-1:]):
             continue
-        for key, setting in entry.items():
+        for key, setting in list(entry.items()):
             if key not in rules:
                 raise ValueError(f"{name}.{shown(key)}: no sampling parameter of that name is known")
             _refuse(f"{name}.{key}", setting, rules[key])
+            if isinstance(rules[key], Refused):
+                del entry[key]
         good.append(entry)
     samples = {entry.get("n") or 1 for entry in good}
     if len(samples) > 1:

@@ -6,7 +6,8 @@ request there but the end of the rank. So types are exact: ``True`` is no number
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 Rule = Callable[[Any], str | None]
@@ -116,18 +117,23 @@ def keyed(key: Callable[[str], bool], rule: Rule, most: int, what: str) -> Rule:
     return check
 
 
-def refused(reason: str, *, unless: Sequence[Any] = ()) -> Rule:
-    """Nothing but a value that asks for nothing: empty, false, or one of ``unless``."""
+@dataclass(frozen=True)
+class Refused:
+    """A rule for a field that is not served: takes only what asks for nothing. Such a field is to be reset.
 
-    def check(value: Any) -> str | None:
+    Clients send an empty list or ``false`` for what they do not want; a rank may not be able to hold it.
+
+    Attributes:
+        reason: why it is not served, or what to use instead.
+        unless: values beside empty ones and ``false`` that ask for nothing.
+    """
+
+    reason: str
+    unless: tuple[Any, ...] = ()
+
+    def __call__(self, value: Any) -> str | None:
+        """What is wrong with a value."""
         asks_nothing = value is False or (isinstance(value, str | list | tuple | dict) and not value)
-        if asks_nothing or any(value is one or (type(value) is type(one) and value == one) for one in unless):
+        if asks_nothing or any(type(value) is type(one) and value == one for one in self.unless):
             return None
-        return f"not served here: {reason}"
-
-    return check
-
-
-def internal(_: Any) -> str | None:
-    """Set by SGLang's own code on the way, never taken from a client's body as it is."""
-    return None
+        return f"not served here: {self.reason}"

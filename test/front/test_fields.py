@@ -23,6 +23,7 @@ from asyncep_sgl.front.fields import (
     check_request,
     sampling,
 )
+from asyncep_sgl.front.rules import Refused
 
 BOUNDS = Bounds(vocabulary=512, max_prompts=8, max_prompt_chars=100, max_samples=4)
 INT32 = 2**31 - 1
@@ -182,6 +183,24 @@ def test_whatever_is_sent_is_taken_or_refused_by_name(fields: dict[str, Any]) ->
 def test_refusals_name_field_and_fix(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         check_request(_request(GenerateReqInput, **fields), BOUNDS)
+
+
+@pytest.mark.parametrize("cls", [GenerateReqInput, EmbeddingReqInput])
+@pytest.mark.parametrize("empty", [[], {}, "", False, ()], ids=repr)
+def test_what_is_not_served_reaches_no_rank_even_empty(cls: type, empty: Any) -> None:
+    """An empty list in ``return_hidden_states`` once ended a rank."""
+    stock = _request(cls)
+    table = GENERATE if cls is GenerateReqInput else EMBEDDING
+    for name in (name for name, rule in table.items() if isinstance(rule, Refused)):
+        for prompts in ("a", ["a", "b"]):
+            request = _request(cls, text=prompts, **{name: empty})
+            assert _refusal(request) is None
+            assert getattr(request, name) == getattr(stock, name), name
+    rules = sampling(BOUNDS)
+    refused = {name: empty for name, rule in rules.items() if isinstance(rule, Refused)}
+    request = _request(cls, sampling_params={**refused, "max_new_tokens": 0})
+    assert _refusal(request) is None
+    assert request.sampling_params == {"max_new_tokens": 0}
 
 
 def test_what_honest_clients_send_is_taken() -> None:
