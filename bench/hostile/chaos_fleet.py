@@ -112,8 +112,8 @@ async def cases(two: Fleet, here: Place, load: Load, seconds: float) -> AsyncIte
     )
     note_end(result, two.router, here)
     began = time.monotonic()
-    port = two.router.url.rsplit(":", 1)[1]
-    two.router = route(here, [server.url for server in two.servers], *_ROUTER_FLAGS, "--port", port)
+    port = int(two.router.url.rsplit(":", 1)[1])
+    two.router = route(here, [server.url for server in two.servers], *_ROUTER_FLAGS, port=port)
     two.router.wait_ready("/readiness")
     result.serves_again_s = round(time.monotonic() - began, 2)
     yield result

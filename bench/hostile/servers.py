@@ -258,9 +258,9 @@ def serve(
     return _run(here, command, f"http://127.0.0.1:{port}", name, environment)
 
 
-def route(here: Place, workers: Sequence[str], *flags: str, name: str = "router") -> Running:
+def route(here: Place, workers: Sequence[str], *flags: str, name: str = "router", port: int | None = None) -> Running:
     """The HTTP router in front of ``workers``; returns at once."""
-    port = free_port()
+    port = port or free_port()
     command = [sys.executable, "-m", "asyncep_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--prometheus-port", "0", "--api-key", KEY, "--worker-urls", *workers, *flags]
     return _run(here, command, f"http://127.0.0.1:{port}", name)

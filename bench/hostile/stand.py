@@ -56,7 +56,7 @@ class Stand:
             self.starts += 1
             await asyncio.to_thread(self.server.wait_ready, word=" ready in ")
         if self.router.process.poll() is not None:
-            self.router = route(self._here, [self.server.url], "--port", self.router.url.rsplit(":", 1)[1])
+            self.router = route(self._here, [self.server.url], port=int(self.router.url.rsplit(":", 1)[1]))
             self.starts += 1
             await asyncio.to_thread(self.router.wait_ready, "/readiness")
         deadline = time.monotonic() + _WHOLE_SECONDS
