@@ -16,6 +16,7 @@ import threading
 
 import msgspec
 
+from asyncep_router.frames import decoded
 from asyncep_sgl.errors import StoreError
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class HandleKeeper:
             return
         answer, given = _Answer(), []
         try:
-            ask = msgspec.msgpack.decode(data, type=_Ask)
+            ask = decoded(msgspec.msgpack.Decoder(_Ask), data)
             if user != os.getuid():
                 answer.refused = "device memory is given to the launcher's own user only"
             elif ask.deposit:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from asyncep_router.frames import decoded
+
 
 class Card(msgspec.Struct, frozen=True, kw_only=True):
     """A host as the others have to know it.
@@ -116,5 +118,5 @@ def encode(message: Message) -> bytes:
 
 def decode(frame: bytes) -> Message:
     """The message of a frame. Raises `msgspec.MsgspecError`."""
-    message: Message = _decoder.decode(frame)
+    message: Message = decoded(_decoder, frame)
     return message

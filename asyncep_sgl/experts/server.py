@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from asyncep_router.frames import decoded
 from asyncep_sgl.experts.handles import HandleKeeper
 from asyncep_sgl.experts.messages import Refused, Reply, Request
 from asyncep_sgl.experts.registry import StoreRegistry
@@ -64,7 +65,7 @@ class StoreServer:
             except ValueError:
                 continue
             try:
-                replies = self.registry.handle(client, self._decoder.decode(frame))
+                replies = self.registry.handle(client, decoded(self._decoder, frame))
             except msgspec.MsgspecError as error:
                 replies = [(client, Refused(f"the expert store does not understand: {error}"))]
             for address, reply in replies:

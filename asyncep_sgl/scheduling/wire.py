@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from asyncep_router.frames import decoded
+
 
 class Finished(msgspec.Struct, tag=True, frozen=True, array_like=True):
     """A batch is done.
@@ -65,5 +67,5 @@ def encode(message: RankMessage) -> bytes:
 
 def decode(frame: bytes) -> RankMessage:
     """The message of a frame. Raises `msgspec.DecodeError`."""
-    message: RankMessage = _decoder.decode(frame)
+    message: RankMessage = decoded(_decoder, frame)
     return message

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import msgspec
 
+from asyncep_router.frames import decoded
+
 
 class BlockStored(msgspec.Struct, tag=True, frozen=True):
     """Blocks now held; `token_ids` covers all of `block_hashes`, which continue `parent_block_hash`."""
@@ -52,7 +54,7 @@ DEVICE_MEDIUM = "GPU"
 
 def decode_batch(payload: bytes) -> KVEventBatch:
     """Decode the third frame. Raises `msgspec.DecodeError` on anything else."""
-    return _decoder.decode(payload)
+    return decoded(_decoder, payload)
 
 
 def on_device(event: BlockStored | BlockRemoved) -> bool:

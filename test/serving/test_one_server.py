@@ -108,7 +108,7 @@ def bad_requests() -> dict[str, tuple[str, Any, str]]:
     return {
         "empty text": ("/generate", {**prompt, "text": ""}, "text"),
         "empty input_ids": ("/generate", {"input_ids": [], "sampling_params": NOTHING_NEW}, "input_ids"),
-        "a megabyte": ("/generate", {**prompt, "text": "word " * 200_000}, "input"),
+        "a megabyte": ("/generate", {**prompt, "text": "word " * 200_000}, "text"),
         "token out of vocabulary": ("/generate", {"input_ids": [5, 99_999], "sampling_params": NOTHING_NEW}, "input_ids[1]"),
         "negative token": ("/generate", {"input_ids": [5, -3], "sampling_params": NOTHING_NEW}, "input_ids[1]"),
         "negative max_new_tokens": ("/generate", {"text": "a", "sampling_params": {"max_new_tokens": -1}}, "max_new_tokens"),
