@@ -183,8 +183,11 @@ def _around_weights_iterator(
 
 
 def _after_prefill_adder_class(chosen: Any, _scheduler: Any) -> Any:
-    """Batches of a rank that gathers are cut by FLOPs."""
-    return chosen if _gather is None else _gather.prefill_adder
+    """Batches are of one kind, and those of a rank that gathers are cut by FLOPs."""
+    # Imported only now: in this process, after the hooks.
+    from asyncep_sgl.scheduling.one_kind import one_kind
+
+    return one_kind(chosen if _gather is None else _gather.prefill_adder)
 
 
 def _after_output_streamer_class(chosen: Any, scheduler: Any) -> Any:

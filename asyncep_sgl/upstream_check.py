@@ -26,6 +26,10 @@ RELIED_ON: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("sglang.srt.managers.schedule_policy.PrefillAdder.budget_state", ("self",)),
     ("sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req", ("self", "req")),
     (
+        "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
+        ("self", "req", "has_chunked_req", "truncation_align_size"),
+    ),
+    (
         "sglang.srt.managers.schedule_policy.PrefillAdder._select_prefill_admission",
         (
             "self",

@@ -188,6 +188,21 @@ def test_only_ones_own_requests_are_ended_and_their_clients_told(server: Server)
     _honest(server)
 
 
+def test_a_request_for_a_token_gives_none_to_others(server: Server) -> None:
+    """Those that ask for a token and those that ask for none come together, as those of different clients do."""
+    tokens = [0, 1, 0, 0, 1, 0, 1, 0]
+    body = {
+        "input_ids": [[5 + place, 6, 7] for place in range(len(tokens))],
+        "sampling_params": [{"max_new_tokens": count, "temperature": 0} for count in tokens],
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
+    answers = _ask(server, "/generate", ANN, json=body).json()
+    assert [answer["meta_info"]["completion_tokens"] for answer in answers] == tokens
+    assert [len(answer["output_ids"]) for answer in answers] == tokens
+    assert [len(answer["meta_info"]["output_token_logprobs"]) for answer in answers] == tokens
+
+
 def test_the_server_is_as_it_was(server: Server) -> None:
     """After all of the above: no rank has died, and everybody is served."""
     state = _ask(server, "/router/state", ANN, method="GET").json()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from asyncep_router.http.plans import Forward, Plan, Prompt, as_prompt, bytes_prompt, common, encode
+from asyncep_router.http.plans import Forward, Plan, Prompt, as_prompt, bytes_prompt, common, encode, written
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +47,7 @@ async def plan_generate(raw: bytes, fields: dict[str, Any], tokenizer: Tokenizer
             if found and all(found):
                 fields = {key: value for key, value in fields.items() if key != "text"}
                 fields["input_ids"] = [list(entry) for entry in found]
-                return _batch(orjson.dumps(fields), fields, [Prompt(entry) for entry in found])
+                return _batch(written(fields), fields, [Prompt(entry) for entry in found])
     guide = text.encode() if isinstance(text, str) else raw
     return Forward("/generate", raw, bytes_prompt(guide), fields, pinnable=True)
 
@@ -55,7 +55,7 @@ async def plan_generate(raw: bytes, fields: dict[str, Any], tokenizer: Tokenizer
 def _tokenized(fields: dict[str, Any], ids: array[int]) -> Plan:
     fields = {key: value for key, value in fields.items() if key != "text"}
     fields["input_ids"] = list(ids)
-    return Forward("/generate", orjson.dumps(fields), Prompt(ids, _logits(fields, len(ids))), fields, pinnable=True)
+    return Forward("/generate", written(fields), Prompt(ids, _logits(fields, len(ids))), fields, pinnable=True)
 
 
 def _logits(fields: dict[str, Any], length: int) -> int:
@@ -133,7 +133,7 @@ class GenerateBatch:
             part[key] = [values[index] for index in indices]
         if dp_rank is not None:
             part["routed_dp_rank"] = dp_rank
-        return orjson.dumps(part)
+        return written(part)
 
     def read(self, reply: bytes, count: int) -> list[Any]:
         answers = orjson.loads(reply)

@@ -99,6 +99,18 @@ def parse(raw: bytes) -> dict[str, Any]:
     return body
 
 
+def written(value: Any) -> bytes:
+    """What a client sent, as JSON for a worker.
+
+    Raises:
+        BadRequest: it cannot be written, as it is nested deeper than 254 levels.
+    """
+    try:
+        return orjson.dumps(value)
+    except orjson.JSONEncodeError as error:
+        raise BadRequest(f"the body cannot be passed on: {error}") from None
+
+
 class Forward:
     """The client's body as it is, to one rank, named in it where the endpoint can."""
 
@@ -165,5 +177,5 @@ async def plan_completion(raw: bytes, fields: dict[str, Any], tokenizer: Tokeniz
 def plan_opaque(path: str, raw: bytes, fields: dict[str, Any]) -> Plan:
     """Anything else: placed by the bytes of what is asked, forwarded as it is."""
     told = next((fields[key] for key in ("messages", "input", "query", "text") if fields.get(key)), None)
-    prompt = bytes_prompt(raw if told is None else orjson.dumps(told))
+    prompt = bytes_prompt(raw if told is None else written(told))
     return Forward(path, raw, prompt, fields, pinnable=path == "/v1/chat/completions")

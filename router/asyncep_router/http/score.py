@@ -126,7 +126,8 @@ class Score(GenerateBatch):
         self._labels = labels
         self._softmax = bool(fields.get("apply_softmax"))
         self._temperature = float(fields.get("temperature", 1.0))
-        self._model = fields.get("model", "default")
+        model = fields.get("model")
+        self._model = model if isinstance(model, str) else "default"
         self._return_logprobs = bool(fields.get("return_token_logprobs"))
 
     def merge(self, answers: Sequence[Any]) -> bytes:
