@@ -83,7 +83,8 @@ def unmet(claims: list[Claim], but: tuple[str, ...] = ()) -> dict[str, float]:
 def test_a_short_fuzz_finds_nothing(both: Stand) -> None:
     raw, claims = asyncio.run(fuzz.attack(both, fuzz.options(["--quick", "--seconds", "25"])))
     assert raw["findings"] == []
-    assert unmet(claims, but=("hostile requests sent",)) == {}
+    # How many there are in so few seconds, and how long one takes beside them, is the machine's to say.
+    assert unmet(claims, but=("hostile requests sent", "slowest of them")) == {}
     assert sum(raw["statuses"].values()) > 50
 
 
