@@ -12,6 +12,7 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
+from asyncep_router.process_title import hide_keys
 from asyncep_sgl import listening
 from asyncep_sgl.command_line import ServeOptions, parse, sglang_arguments, uses_our_router
 from asyncep_sgl.config import AsyncEPConfig, GroupConfig, RouterConfig
@@ -22,7 +23,7 @@ from asyncep_sgl.experts.fingerprint import checkpoint_fingerprint
 from asyncep_sgl.experts.link import link_environment
 from asyncep_sgl.experts.segment import OwnedSegment
 from asyncep_sgl.experts.server import StoreServer
-from asyncep_sgl.front.key_memory import hand_on, hide_arguments, without_keys
+from asyncep_sgl.front.key_memory import KEY_FLAGS, hand_on, without_keys
 from asyncep_sgl.host import COMPUTING, available_bytes, divide_cpus
 from asyncep_sgl.kv_budget import kv_tokens, one_batch_tokens
 from asyncep_sgl.model_support import check_supported, read_config
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signals.install()
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
-        hide_arguments(sys.orig_argv)
+        hide_keys(KEY_FLAGS)
         return serve(options, signals)
     except Stopped as stop:
         logger.info("%s: stopped before anything was started", stop)

@@ -187,7 +187,8 @@ def _after_prefill_adder_class(chosen: Any, _scheduler: Any) -> Any:
     # Imported only now: in this process, after the hooks.
     from asyncep_sgl.scheduling.one_kind import one_kind
 
-    return one_kind(chosen if _gather is None else _gather.prefill_adder)
+    adder: Any = chosen if _gather is None else _gather.prefill_adder
+    return one_kind(adder)
 
 
 def _after_output_streamer_class(chosen: Any, scheduler: Any) -> Any:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
-import setproctitle
 
 from asyncep_router.keys import Caller, Keys
 from asyncep_sgl.experts.segment import OwnedSegment
 
 KEY_VARIABLE, ADMIN_KEY_VARIABLE = "ASYNCEP_API_KEY", "ASYNCEP_ADMIN_API_KEY"
-_FLAGS = ("--api-key", "--admin-api-key")
-_HIDDEN = "***"
+KEY_FLAGS = ("--api-key", "--admin-api-key")
 
 
 def hand_on(keys: Keys) -> OwnedSegment:
@@ -37,25 +35,3 @@ def read_keys(path: str) -> Keys:
 def without_keys(environment: Mapping[str, str]) -> dict[str, str]:
     """The launcher's environment for the processes that it starts."""
     return {name: value for name, value in environment.items() if name not in (KEY_VARIABLE, ADMIN_KEY_VARIABLE)}
-
-
-def masked(arguments: Sequence[str]) -> list[str]:
-    """A command line with the keys in it replaced by asterisks."""
-    shown: list[str] = []
-    hide = False
-    for argument in arguments:
-        flag, equals, _ = argument.partition("=")
-        if hide and not argument.startswith("@"):
-            argument = _HIDDEN
-        elif flag in _FLAGS and equals:
-            argument = f"{flag}={_HIDDEN}"
-        hide = argument in _FLAGS
-        shown.append(argument)
-    return shown
-
-
-def hide_arguments(arguments: Sequence[str]) -> None:
-    """Lets ``ps`` show this process's command line without the keys that were given in it."""
-    shown = masked(arguments)
-    if shown != list(arguments):
-        setproctitle.setproctitle(" ".join(shown))

@@ -16,7 +16,7 @@ from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 def one_kind(chosen: type[PrefillAdder]) -> type[PrefillAdder]:
     """A class of adders like ``chosen`` that closes a batch before a request of the other kind."""
 
-    class OneKindAdder(chosen):  # type: ignore[misc, valid-type] # upstream is untyped
+    class OneKindAdder(chosen):  # type: ignore[misc] # upstream is untyped
         can_run_list: list[Any]
 
         def add_one_req(self, req: Any, *args: Any, **kwargs: Any) -> Any:
