@@ -6,7 +6,6 @@ import time
 
 import torch
 
-
 # A rank starts only after this: a core that has no instructions for the dtype is measured on smaller matrices.
 _SECONDS = 1.0
 _SMALLEST = 256
