@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,12 +147,17 @@ class Recorded:
     """In the supervisor's place: what would be started."""
 
     started: ClassVar[list[Recorded]] = []
-    arguments: tuple[Any, ...]
+    store: Any
+    command: list[str]
+    environment: dict[str, str]
+    listeners: Sequence[socket.socket] = ()
+    signals: Any = None
 
     def run(self) -> int:
         self.started.append(self)
-        store = self.arguments[0]
-        store.close()
+        self.store.close()
+        for listener in self.listeners:
+            listener.close()
         return 0
 
 
@@ -161,14 +167,14 @@ def test_the_launcher_starts_what_was_planned(
 ) -> None:
     monkeypatch.setattr(launch, "find_gpus", lambda: [H100] * ranks)
     monkeypatch.setattr(launch, "installed", lambda gpu: CudaHost(gpu.capability, flashinfer=False, fa3=False))
-    monkeypatch.setattr(launch, "Supervisor", lambda *arguments, **_: Recorded(arguments))
+    monkeypatch.setattr(launch, "Supervisor", lambda *arguments, **_: Recorded(*arguments[:3]))
     Recorded.started.clear()
     model = str(tiny_model("qwen3_moe"))
     assert (
         launch.serve(parse(["--model", model, "--device", "cuda", "--dp-size", str(ranks), "--port", str(free_port())]))
         == 0
     )
-    _, command, environment, *_ = Recorded.started[0].arguments
+    command, environment = Recorded.started[0].command, Recorded.started[0].environment
     assert command[command.index("--attention-backend") + 1] == "triton"  # neither of the others is installed
     monkeypatch.setenv(CONFIG_VARIABLE, environment[CONFIG_VARIABLE])
     config = AsyncEPConfig.from_environment()

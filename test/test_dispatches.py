@@ -37,6 +37,7 @@ def test_what_goes_to_a_rank_in_one_turn_is_one_message_in_order() -> None:
         controller = RouterController.__new__(RouterController)  # its sockets and no ranks
         controller.workers, controller.status = pushes, [True, True]
         controller.config = SimpleNamespace(router=None)
+        controller.frontend = SimpleNamespace(requests_in_flight=lambda _rank: ["another"] * 9)
         turn = [dispatch("a", 1), dispatch("b", 0), dispatch("c", 1), dispatch("d", 1)]
         try:
             controller._send(turn)
