@@ -58,7 +58,7 @@ _HOSTILE: list[tuple[str, dict[str, Any], int, str]] = [
         400,
         "1 values",
     ),
-    ("/generate", {"text": "a", "http_worker_ipc": "ipc:///tmp/x", **_PREFILL}, 400, "http_worker_ipc"),
+    ("/generate", {"text": "a", "http_worker_ipc": "ipc://elsewhere", **_PREFILL}, 400, "http_worker_ipc"),
     ("/generate", {"text": "a", "rid": "HEALTH_CHECK_1", **_PREFILL}, 400, "rid"),
     (
         "/generate",
