@@ -10,7 +10,7 @@ from unittest.mock import MagicMock, patch
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from router.small_moe import COST
+from small_moe import COST
 from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
