@@ -39,6 +39,7 @@ from asyncep_sgl.platform.cpu import AnyCpuPlatform
 from asyncep_sgl.process_seams import PROCESS_SEAMS, keep_torch_from_listening
 from asyncep_sgl.scheduling import questions
 from asyncep_sgl.scheduling.marks import put_on
+from asyncep_sgl.scheduling.rank_order import ranks_take_orders, sort_waiting
 from asyncep_sgl.scheduling.reports import RankReporter, RouterEventPublisher, start_beating
 from asyncep_sgl.seam import Seam
 from asyncep_sgl.validation import check_prefill_only, check_priority, check_prompt
@@ -182,6 +183,12 @@ def _around_weights_iterator(
     return ((source.prefix + name, tensor) for name, tensor in _manager.weights().tensors(files))
 
 
+def _after_calc_priority(_: None, policy: Any, waiting_queue: list[Any], *__: Any, **___: Any) -> None:
+    """A rank's next batch begins with what the router wants first."""
+    if _reporter is not None and not policy.enable_priority_scheduling:
+        sort_waiting(waiting_queue)
+
+
 def _after_prefill_adder_class(chosen: Any, _scheduler: Any) -> Any:
     """Batches are of one kind, and those of a rank that gathers are cut by FLOPs."""
     # Imported only now: in this process, after the hooks.
@@ -262,8 +269,7 @@ def _around_generate(
 
 def _router_has_priorities(server_args: Any) -> bool:
     """Whether a priority is the router's alone: ranks that schedule by it, or refuse it, have an order of their own."""
-    scheduled = server_args.enable_priority_scheduling or server_args.abort_on_priority_when_disabled
-    return _active_config().router is not None and not scheduled
+    return _active_config().router is not None and ranks_take_orders(server_args)
 
 
 def _before_validate(manager: Any, obj: Any, input_ids: list[int] | None) -> None:
@@ -314,6 +320,12 @@ SEAMS: tuple[Seam, ...] = (
         _after_batch_result,
         HookType.AFTER,
         ("self", "batch", "result"),
+    ),
+    Seam(
+        "sglang.srt.managers.schedule_policy.SchedulePolicy.calc_priority",
+        _after_calc_priority,
+        HookType.AFTER,
+        ("self", "waiting_queue", "running_batch", "processed_tokens"),
     ),
     Seam(
         "sglang.srt.managers.scheduler.Scheduler.get_prefill_adder_class",

@@ -48,6 +48,7 @@ from asyncep_sgl.scheduling import marks
 from asyncep_sgl.scheduling.fingerprints import fingerprint
 from asyncep_sgl.scheduling.limits import limits_of
 from asyncep_sgl.scheduling.rank_life import RankLife
+from asyncep_sgl.scheduling.rank_order import ranks_take_orders, urgency
 from asyncep_sgl.scheduling.suspects import Suspects
 from asyncep_sgl.scheduling.wire import Beat, Finished, Started, Threshold, decode
 from asyncep_sgl.zmq_end import for_own_user
@@ -90,6 +91,7 @@ class RouterController(RankLife):
         for_own_user(self._state)
         self._state.bind(config.router.state_address)
 
+        self._ranks_let_pass = ranks_take_orders(server_args)
         cost = ModelCost.from_config(read_config(get_model().model_path, get_model().revision))
         limits = limits_of(
             cost,
@@ -98,6 +100,7 @@ class RouterController(RankLife):
             gathers=config.group.gathers,
             on_gpu=config.transport != "host",
             chunk_tokens=get_schedule().chunked_prefill_size or 0,
+            ranks_let_pass=self._ranks_let_pass,
         )
         # Twice what all ranks can hold: prefixes under way count as held before they are.
         budget = 2 * self.launch_dp_size * self.max_total_num_tokens
@@ -174,6 +177,9 @@ class RouterController(RankLife):
             stats.set_dp_dispatch_time()
             times.append(stats)
             req.time_stats = wrap_as_pickle(stats)
+        if self._ranks_let_pass:
+            for dispatch in dispatches:
+                dispatch.request.payload.priority = urgency(dispatch.request.priority, dispatch.bulk)
         if len(requests) > 1 and all(isinstance(req, TokenizedGenerateReqInput) for req in requests):
             sock_send(self.workers[rank], BatchTokenizedGenerateReqInput(batch=requests))
         else:

@@ -24,6 +24,8 @@ class Limits:
     before higher classes; and seconds it waits at most for a rank to compute a prefix.
     `window`: share of what all ranks compute in a batch each, of which more makes a client's waiting requests, or a
     list, bulk: they let others pass (`fairness.py`).
+    `ranks_let_pass`: ranks begin their batches with quick requests, whatever bulk they were sent before; so the first
+    class's quick requests go to ranks that are full of bulk too.
     `least_share`: share of the FLOPs that bulk and lower priorities get at least, once they have waited `starve_after`.
     `affinity`: share of a prompt that must be held for it to wait for the rank that holds it rather than
     go to another below T (Preble's rule, more cached than new, is 0.5).
@@ -42,6 +44,7 @@ class Limits:
     starve_after: float = 10.0
     window: float = 0.25
     least_share: float = 0.25
+    ranks_let_pass: bool = False
     affinity: float = 0.5
     block: int = 128
     await_prefix: bool = True

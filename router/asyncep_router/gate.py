@@ -6,10 +6,14 @@ this one (MISSION: T = t_EP F gamma). A rank is *saturated* at or above T of out
 More would only bind requests to a rank earlier than need be. A batch is T, but not less than what computes
 well: where nothing is gathered T is small, so that work is spread at once, and batches are not. Requests have a limit
 too: a thousand of three tokens are few FLOPs and, each for its own handling, much time.
+
+Where ranks let quick requests pass bulk (`fairness.py`), a rank that is full of bulk is still *express*: it takes quick
+ones up to the same limits, as if there were no bulk on it.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from asyncep_router.errors import ConfigError, IntegrityError, UnknownRankError
@@ -18,8 +22,8 @@ from asyncep_router.errors import ConfigError, IntegrityError, UnknownRankError
 class Gate:
     """Sets of ranks by how full they are; `note` keeps them up to date.
 
-    `alive` may take work; `idle` have none; `unsaturated` are below T; `open` below the limit. The last
-    three are subsets of `alive`, and idle ⊆ unsaturated ⊆ open.
+    `alive` may take work; `idle` have none; `unsaturated` are below T; `open` below the limit; `express` below the
+    limit with their quick requests alone. The last four are subsets of `alive`, and idle ⊆ unsaturated ⊆ open ⊆ express.
     """
 
     def __init__(self, inflight_target: float, least_batch: float = 0.0, most_requests: float = math.inf) -> None:
@@ -30,11 +34,14 @@ class Gate:
         self._most_requests = most_requests
         self._threshold: dict[int, float] = {}
         self._outstanding: dict[int, int] = {}
+        self._quick: dict[int, int] = {}
         self._crowded = 0
+        self._crowded_by_quick = 0
         self.alive = 0
         self.idle = 0
         self.unsaturated = 0
         self.open = 0
+        self.express = 0
         self.capacity = 0.0
         """FLOPs of a batch on each rank that may take work; where none may, on each that ever did."""
         self.least_weight = 0.0
@@ -75,10 +82,13 @@ class Gate:
         """FLOPs from which on a rank is given no more. Raises `UnknownRankError`."""
         return self.batch(rank) * self._target
 
-    def note(self, rank: int, outstanding: int, requests: int) -> None:
-        """The rank's outstanding FLOPs and requests changed."""
+    def note(self, rank: int, outstanding: int, requests: int, quick: int, quick_requests: int) -> None:
+        """The rank's outstanding FLOPs and requests changed; `quick` and `quick_requests` are those that pass bulk."""
+        others = ~(1 << rank)
         self._outstanding[rank] = outstanding
-        self._crowded = self._crowded & ~(1 << rank) | ((requests >= self._most_requests) << rank)
+        self._quick[rank] = quick
+        self._crowded = self._crowded & others | ((requests >= self._most_requests) << rank)
+        self._crowded_by_quick = self._crowded_by_quick & others | ((quick_requests >= self._most_requests) << rank)
         self._sort(rank)
 
     def fill(self, rank: int) -> float:
@@ -87,9 +97,11 @@ class Gate:
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless the sets nest."""
-        if self.idle & ~self.unsaturated or self.unsaturated & ~self.open or self.open & ~self.alive:
+        nested = (self.idle, self.unsaturated, self.open, self.express, self.alive)
+        if any(inner & ~outer for inner, outer in itertools.pairwise(nested)):
             raise IntegrityError(
-                f"idle {self.idle:b}, below T {self.unsaturated:b}, open {self.open:b}, alive {self.alive:b}"
+                f"idle {self.idle:b}, below T {self.unsaturated:b}, open {self.open:b}, express {self.express:b}, "
+                f"alive {self.alive:b}"
             )
 
     def _add_up(self) -> None:
@@ -107,3 +119,5 @@ class Gate:
         self.idle = self.idle & others | (here if load <= 0 else 0)
         self.unsaturated = self.unsaturated & others | (room if load < threshold else 0)
         self.open = self.open & others | (room if load < self.limit(rank) else 0)
+        quick = self._quick.get(rank, 0) < self.limit(rank)
+        self.express = self.express & others | (here & ~self._crowded_by_quick if quick else 0)

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """One request in flight. `new` and `cached` are tokens, `flops` net, `at` the time of dispatch."""
+    """One request in flight. `new` and `cached` are tokens, `flops` net, `at` the time of dispatch.
+
+    `bulk`: others may pass it on its rank.
+    """
 
     rid: str
     rank: int
@@ -28,6 +31,7 @@ class Charge:
     new: int
     cached: int
     at: float
+    bulk: bool = False
 
 
 @dataclass(slots=True)
@@ -35,6 +39,9 @@ class Account:
     """One rank's books, FLOPs; see the module for the identity between them."""
 
     outstanding: int = 0
+    quick: int = 0
+    """Of `outstanding`, what is not bulk."""
+    quick_requests: int = 0
     charged: int = 0
     settled: int = 0
     returned: int = 0
@@ -47,6 +54,13 @@ class Account:
     """Tokens those requests found."""
     flops_per_second: float = 0.0
     """Moving average of what batches achieved; 0 until the first report with a duration."""
+
+    def hold(self, charge: Charge, sign: int) -> None:
+        """A charge begins (1) or ends (-1) to be outstanding."""
+        self.outstanding += sign * charge.flops
+        if not charge.bulk:
+            self.quick += sign * charge.flops
+            self.quick_requests += sign
 
 
 class Ledger:
@@ -82,7 +96,7 @@ class Ledger:
             raise DuplicateRequestError(f"{charge.rid!r} is in flight on rank {self._where[charge.rid]}")
         account = self.account(charge.rank)
         account.in_flight[charge.rid] = charge
-        account.outstanding += charge.flops
+        account.hold(charge, 1)
         account.charged += charge.flops
         account.saved_flops += saved_flops
         self._where[charge.rid] = charge.rank
@@ -97,7 +111,7 @@ class Ledger:
                 self.unknown_reports += 1
                 continue
             del self._where[rid]
-            account.outstanding -= charge.flops
+            account.hold(charge, -1)
             account.settled += charge.flops
             found = report.cached.get(rid)
             if found is not None:
@@ -117,7 +131,7 @@ class Ledger:
             return None
         account = self._accounts[rank]
         charge = account.in_flight.pop(rid)
-        account.outstanding -= charge.flops
+        account.hold(charge, -1)
         account.returned += charge.flops
         return charge
 
@@ -132,6 +146,9 @@ class Ledger:
             flying = sum(charge.flops for charge in account.in_flight.values())
             if flying != account.outstanding:
                 raise IntegrityError(f"rank {rank}: {flying} FLOPs fly, {account.outstanding} outstanding")
+            quick = [charge.flops for charge in account.in_flight.values() if not charge.bulk]
+            if (sum(quick), len(quick)) != (account.quick, account.quick_requests):
+                raise IntegrityError(f"rank {rank}: {len(quick)} quick requests fly, booked are others: {account}")
             if account.charged != account.outstanding + account.settled + account.returned:
                 raise IntegrityError(f"rank {rank}: charged {account.charged} is not the sum of {account}")
         if sum(len(account.in_flight) for account in self._accounts.values()) != len(self._where):

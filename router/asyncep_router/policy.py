@@ -238,7 +238,7 @@ class Frontend:
         self._serve_starving(classes[1:], old, now, out)
         behind = sum(map(len, self._levels.values()))
         for level, bulk in classes:
-            if not self.gate.open:
+            if not self.gate.open and not (self.limits.ranks_let_pass and (level, bulk) == classes[0]):
                 break
             behind -= level.bulk if bulk else len(level) - level.bulk
 
@@ -252,6 +252,8 @@ class Frontend:
                 self._serve_flows(level, old, send)
             else:
                 self.placing.serve(level.quick, old, send)
+                if self.limits.ranks_let_pass and (level, bulk) == classes[0]:
+                    self.placing.serve_express(level.quick, old, send)
         for priority, level in list(self._levels.items()):
             if not level:
                 del self._levels[priority]
@@ -486,7 +488,7 @@ class Frontend:
         # At least 1: a rank with a request in flight must never look idle.
         flops = max(1, self.cost.flops(new, cached, request.logits))
         saved = self.cost.flops(len(request.token_ids), 0, request.logits) - flops
-        self.ledger.charge(Charge(request.rid, rank, flops, new, cached, now), saved)
+        self.ledger.charge(Charge(request.rid, rank, flops, new, cached, now, bool(entry.bulk)), saved)
         self._note(rank)
         level = self._levels[request.priority]
         level.charge(entry, flops)
@@ -516,7 +518,7 @@ class Frontend:
     def _note(self, rank: int) -> None:
         """What a rank has in flight changed."""
         account = self.ledger.account(rank)
-        self.gate.note(rank, account.outstanding, len(account.in_flight))
+        self.gate.note(rank, account.outstanding, len(account.in_flight), account.quick, account.quick_requests)
 
     def _landed(self, charge: Charge) -> Entry:
         """A request left its rank, finished or not: what it was computing is there, or is not coming."""
