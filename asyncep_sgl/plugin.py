@@ -59,6 +59,7 @@ _config: AsyncEPConfig | None = None
 _manager: ExpertManager | None = None
 _reporter: RankReporter | None = None
 _gather: RankGather | None = None
+_bounded: Callable[[Any], Any] | None = None
 
 
 # --- scheduler process -------------------------------------------------------------------------------------------
@@ -66,7 +67,7 @@ _gather: RankGather | None = None
 
 def _around_scheduler(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Builds the scheduler on this rank's CPUs and on the expert store."""
-    global _manager, _reporter
+    global _manager, _reporter, _bounded
     assert_active()
     config = _active_config()
     rank = get_parallel().dp_rank or 0
@@ -82,6 +83,12 @@ def _around_scheduler(original: Callable[..., None], *args: Any, **kwargs: Any) 
         RouterEventPublisher.join = "joined-events" not in config.without
         _reporter = RouterEventPublisher.reporter = RankReporter(rank, config.router.report_address, cost)
         start_beating(rank, config.router.report_address)
+        if config.transport == "host" and not config.group.gathers:
+            # Elsewhere batches are SGLang's, which the router counts in too, or those of the gather.
+            # Imported only now: in this process, after the hooks.
+            from asyncep_sgl.scheduling.router_batches import bounded
+
+            _bounded = bounded(cost, config.router.threshold_tokens)
     with _failures_reported():
         original(*args, **kwargs)
 
@@ -195,7 +202,7 @@ def _after_prefill_adder_class(chosen: Any, _scheduler: Any) -> Any:
     from asyncep_sgl.scheduling.one_kind import one_kind
 
     adder: Any = chosen if _gather is None else _gather.prefill_adder
-    return one_kind(adder)
+    return one_kind(adder if _bounded is None else _bounded(adder))
 
 
 def _after_output_streamer_class(chosen: Any, scheduler: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which of the requests that wait on a rank go into its next batch first: quick before bulk, high priorities before low.
+"""Which of a rank's waiting requests go into its next batch first: high priorities, and of each, quick before bulk.
 
 The router keeps a rank supplied with the batch after the one it computes. A request that comes later than that batch
 was sent still goes before it: the rank sorts what waits each time it makes a batch. The order travels in SGLang's
@@ -22,6 +22,11 @@ def ranks_take_orders(server_args: Any) -> bool:
 def urgency(priority: int, bulk: bool) -> int:
     """What a rank sorts by, highest first: priorities, and within each quick before bulk."""
     return 2 * priority - bulk
+
+
+def is_bulk(order: int | None) -> bool:
+    """Whether an `urgency` is of bulk. What the router did not send has none."""
+    return order is not None and order % 2 == 1
 
 
 def sort_waiting(waiting_queue: list[Any]) -> None:

@@ -23,7 +23,7 @@ class Gate:
     """Sets of ranks by how full they are; `note` keeps them up to date.
 
     `alive` may take work; `idle` have none; `unsaturated` are below T; `open` below the limit; `express` below the
-    limit with their quick requests alone. The last four are subsets of `alive`, and idle ⊆ unsaturated ⊆ open ⊆ express.
+    limit with their quick requests alone. Each is a subset of the next: idle ⊆ unsaturated ⊆ open ⊆ express ⊆ alive.
     """
 
     def __init__(self, inflight_target: float, least_batch: float = 0.0, most_requests: float = math.inf) -> None:

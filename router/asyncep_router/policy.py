@@ -238,7 +238,8 @@ class Frontend:
         self._serve_starving(classes[1:], old, now, out)
         behind = sum(map(len, self._levels.values()))
         for level, bulk in classes:
-            if not self.gate.open and not (self.limits.ranks_let_pass and (level, bulk) == classes[0]):
+            passes = self.limits.ranks_let_pass and not bulk and level is classes[0][0]
+            if not (self.gate.express if passes else self.gate.open):
                 break
             behind -= level.bulk if bulk else len(level) - level.bulk
 
@@ -247,12 +248,12 @@ class Frontend:
                 if behind > 0:
                     self._shares.earn(out[-1].flops, self.gate.batch(rank))
 
-            self._serve_pinned(level, bulk, send)
+            self._serve_pinned(level, bulk, passes, send)
             if bulk:
                 self._serve_flows(level, old, send)
             else:
                 self.placing.serve(level.quick, old, send)
-                if self.limits.ranks_let_pass and (level, bulk) == classes[0]:
+                if passes:
                     self.placing.serve_express(level.quick, old, send)
         for priority, level in list(self._levels.items()):
             if not level:
@@ -428,10 +429,12 @@ class Frontend:
 
     # Sending
 
-    def _serve_pinned(self, level: Level, bulk: bool, send: Send) -> None:
-        """Requests of a class for a rank by name, while that rank has room."""
+    def _serve_pinned(self, level: Level, bulk: bool, passes: bool, send: Send) -> None:
+        """Requests of a class for a rank by name, while that rank has room; for those that pass bulk, besides it."""
         for rank in level.pinned_ranks(bulk):
-            while self.gate.open >> rank & 1 and (entry := level.pinned_to(rank, bulk)) is not None:
+            while (entry := level.pinned_to(rank, bulk)) is not None:
+                if not (self.gate.express if passes else self.gate.open) >> rank & 1:
+                    break
                 send(entry, rank, Reason.PINNED)
 
     def _serve_flows(self, level: Level, old: float, send: Send) -> None:

@@ -312,3 +312,50 @@ def test_a_death_returns_requests_to_where_they_were() -> None:
 def test_shares_lie_between_nothing_and_all(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=name):
         Limits(**{name: value})  # type: ignore[arg-type] # the names are fields of that type
+
+
+@given(
+    ranks=st.integers(1, 3),
+    greedy=st.lists(GREED, min_size=1, max_size=3),
+    steps=st.integers(0, 5),
+    singles=st.lists(st.tuples(st.sampled_from([3, 50, 500]), st.sampled_from([None, 0])), min_size=1, max_size=30),
+)
+@settings(max_examples=40, deadline=None)
+def test_quick_requests_go_to_ranks_full_of_bulk_up_to_a_limit_of_their_own(
+    ranks: int, greedy: list[Greed], steps: int, singles: list[tuple[int, int | None]]
+) -> None:
+    house = House(ranks, ranks_let_pass=True)
+    for greed in greedy:
+        load(house, greed, "greedy")
+    house.poll()
+    for _ in range(steps):
+        house.step()
+    gate, ledger = house.front.gate, house.front.ledger
+    before = {rank: ledger.account(rank).outstanding - ledger.account(rank).quick for rank in range(ranks)}
+    for number, (tokens, rank) in enumerate(singles):
+        house.submit(tokens, client=f"client {number}", pinned=rank)
+        house.poll()
+        if tokens < 500 and rank is None and gate.express:
+            assert house.sent[-1].rid == f"r{house.count}", "a rank has room for it and it waits"
+    for rank in range(ranks):
+        account = ledger.account(rank)
+        largest = max((c.flops for c in account.in_flight.values() if not c.bulk), default=0)
+        assert account.quick < gate.limit(rank) + largest
+        # Bulk is sent to nobody who has no room for it.
+        assert account.outstanding - account.quick <= max(before[rank], gate.limit(rank) + 3 * THOUSAND)
+    house.run()
+
+
+def test_ranks_that_keep_their_own_order_get_no_more_than_they_have_room_for() -> None:
+    house = House()
+    house.list_of(200)
+    house.poll()
+    house.submit(rid="mine", client="me")
+    assert not house.poll()
+    passing = House(ranks_let_pass=True)
+    passing.list_of(200)
+    passing.poll()
+    passing.submit(rid="mine", client="me")
+    (sent,) = passing.poll()
+    assert sent.rid == "mine"
+    assert not sent.bulk

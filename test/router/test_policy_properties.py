@@ -30,6 +30,7 @@ class FrontendMachine(RuleBasedStateMachine):
     max_wait = 0.0
     least_batch = 0.0
     gathers = False
+    ranks_let_pass = False
 
     def view(self) -> PrefixView:
         return BlockView(400, BLOCK)
@@ -42,6 +43,7 @@ class FrontendMachine(RuleBasedStateMachine):
             starve_after=PATIENCE,
             max_wait=self.max_wait,
             least_batch=self.least_batch,
+            ranks_let_pass=self.ranks_let_pass,
         )
         self.fronts = [Frontend(COST, self.view(), limits) for _ in range(2)]
         self.now = 0.0
@@ -263,6 +265,12 @@ class SmallThresholdMachine(WaitingMachine):
     gathers = True
 
 
+class PassingMachine(SmallThresholdMachine):
+    """The same when quick requests go to ranks that are full of bulk."""
+
+    ranks_let_pass = True
+
+
 class RadixMachine(FrontendMachine):
     """The same promises on SGLang's tree."""
 
@@ -278,3 +286,5 @@ TestFrontendWithSmallThreshold = SmallThresholdMachine.TestCase
 TestFrontendWithSmallThreshold.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestFrontendWithWaiting = WaitingMachine.TestCase
 TestFrontendWithWaiting.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestFrontendWithPassing = PassingMachine.TestCase
+TestFrontendWithPassing.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

@@ -18,7 +18,10 @@ from asyncep_sgl.scheduling.limits import SPREAD_TOKENS, limits_of
     ],
 )
 def test_limits(gathers: bool, on_gpu: bool, saturating: int, batch: int) -> None:
-    limits = limits_of(COST, tokens=2048, max_wait=0.5, gathers=gathers, on_gpu=on_gpu, chunk_tokens=8192)
+    limits = limits_of(
+        COST, tokens=2048, max_wait=0.5, gathers=gathers, on_gpu=on_gpu, chunk_tokens=8192, ranks_let_pass=on_gpu
+    )
+    assert limits.ranks_let_pass == on_gpu
     assert limits.default_threshold == COST.flops(saturating)
     assert limits.least_batch == COST.flops(batch)
     assert limits.max_wait == 0.5
@@ -27,5 +30,7 @@ def test_limits(gathers: bool, on_gpu: bool, saturating: int, batch: int) -> Non
 
 
 def test_a_batch_of_less_than_the_usual_t_is_taken_at_its_word() -> None:
-    limits = limits_of(COST, tokens=100, max_wait=0, gathers=False, on_gpu=False, chunk_tokens=8192)
+    limits = limits_of(
+        COST, tokens=100, max_wait=0, gathers=False, on_gpu=False, chunk_tokens=8192, ranks_let_pass=True
+    )
     assert limits.default_threshold == limits.least_batch == COST.flops(100)

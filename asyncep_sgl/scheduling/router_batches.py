@@ -1,0 +1,73 @@
+"""Prefill batches no larger than those the router counts in, so that nobody waits for more than it says.
+
+SGLang fills a batch up to ``--chunked-prefill-size`` tokens, which may be all that the router has sent ahead. Here a
+batch closes before it is more than one of the router's. One that a quick request is in takes bulk only up to half of
+that, because the request waits for all of its batch. Prompts stay whole: one that is more is a batch by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
+
+from asyncep_router.cost import ModelCost
+from asyncep_sgl.scheduling.limits import TOKENS_A_REQUEST
+from asyncep_sgl.scheduling.rank_order import is_bulk
+
+_SHARE_BESIDE_QUICK = 0.5
+
+
+def share_of_batch(cost: ModelCost, tokens: int, new: int, cached: int) -> float:
+    """How much of a batch a request of `new` tokens after `cached` ones is: by FLOPs or by tokens, whichever is more.
+
+    FLOPs count what a long prefix adds. For short prompts tokens say better how long they take.
+
+    Args:
+        cost: the model's.
+        tokens: of the one prompt that is a whole batch.
+        new: of the request, to be computed.
+        cached: of the request, before them.
+    """
+    return max(cost.flops(new, cached) / cost.flops(tokens), max(new, TOKENS_A_REQUEST) / tokens)
+
+
+def bounded(cost: ModelCost, tokens: int) -> Callable[[type[PrefillAdder]], type[PrefillAdder]]:
+    """What makes of a class of adders one that closes batches in time.
+
+    Args:
+        cost: the model's.
+        tokens: of the one prompt that is a whole batch.
+    """
+    made: dict[type[PrefillAdder], type[PrefillAdder]] = {}
+
+    def adder_class(chosen: type[PrefillAdder]) -> type[PrefillAdder]:
+        if chosen not in made:
+            made[chosen] = _bounded(chosen, lambda new, cached: share_of_batch(cost, tokens, new, cached))
+        return made[chosen]
+
+    return adder_class
+
+
+def _bounded(chosen: type[PrefillAdder], share: Callable[[int, int], float]) -> type[PrefillAdder]:
+    class BoundedAdder(chosen):  # type: ignore[misc] # upstream is untyped
+        can_run_list: list[Any]
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._filled = 0.0
+            self._counted = 0
+
+        def add_one_req(self, req: Any, *args: Any, **kwargs: Any) -> Any:
+            for added in self.can_run_list[self._counted :]:
+                self._filled += share(added.extend_end - added.prefix_len, added.prefix_len)
+                self._counted += 1
+            if self._counted:
+                mixed = is_bulk(req.priority) and not is_bulk(self.can_run_list[0].priority)
+                more = share(len(req.full_untruncated_fill_ids) - req.prefix_len, req.prefix_len)
+                if self._filled + more > (_SHARE_BESIDE_QUICK if mixed else 1.0):
+                    return AddReqResult.OTHER
+            return super().add_one_req(req, *args, **kwargs)
+
+    return BoundedAdder
