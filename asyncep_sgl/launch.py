@@ -146,6 +146,8 @@ def _prepare(
         **without_keys(os.environ),
         **config.to_environment(),
         **_LISTENING,
+        # SGLang's 5 s are what common clients keep connections for: a request may meet its connection's end.
+        "SGLANG_TIMEOUT_KEEP_ALIVE": str(options.front.keep_alive_timeout_secs),
         "TMPDIR": str(directory),
     }
     tokens = None

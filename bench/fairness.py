@@ -7,7 +7,9 @@ nothing; a list of 10,000 prompts; the same for one rank by name; 10,000 prompts
 list of long prompts; 400 prompts of low priority; a batch; a text of 10 MB; a list of long texts. The other client is a
 process of its own. The p95 of the first client beside each load is held against its p95 beside nothing and the time of
 two batches, which is what a rank may have been given when a request comes. A batch is timed by itself: a list of as
-many prompts of the load's length as fill one, for each rank. Writes `bench/out/fairness.json`.
+many prompts of the load's length as fill one, for each rank. Each load comes three times, in turn with the others, and
+the median of the three p95 counts. Requests during which the machine stood still (`pauses.py`) are left out and
+counted. Writes `bench/out/fairness.json`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any
 
 import httpx
 from models import QWEN3_TINY, random_qwen3
+from pauses import watched
 from records import Claim, write
 from rich.console import Console
 
@@ -153,33 +156,37 @@ SHORT = ("list", "named rank", "singles")
 async def beside(url: str, load: Callable[[str, float], None], scale: float) -> dict[str, Any]:
     """Latencies of single requests while `load` runs in a process of its own."""
     prompts = iter(_prompts(100_000, 3))
-    found: list[float] = []
+    found: list[tuple[float, float]] = []
     process = multiprocessing.get_context("spawn").Process(target=load, args=(url, scale))
 
     async def probe() -> None:
-        began = time.perf_counter()
+        began = time.monotonic()
         answer = await http.post("/generate", json={"input_ids": next(prompts), **NO_TOKENS})
         answer.raise_for_status()
-        found.append(time.perf_counter() - began)
+        found.append((began, time.monotonic()))
 
     limits = httpx.Limits(max_connections=1000, max_keepalive_connections=1000)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
-        began = time.perf_counter()
-        process.start()
-        async with asyncio.TaskGroup() as group:
-            while process.is_alive() or time.perf_counter() - began < LEAST_SECONDS:
-                group.create_task(probe())
-                await asyncio.sleep(EVERY)
-        process.join()
-        if process.exitcode:
-            raise RuntimeError(f"the load ended with status {process.exitcode}")
-    found.sort()
+    with watched() as pauses:
+        async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
+            began = time.perf_counter()
+            process.start()
+            async with asyncio.TaskGroup() as group:
+                while process.is_alive() or time.perf_counter() - began < LEAST_SECONDS:
+                    group.create_task(probe())
+                    await asyncio.sleep(EVERY)
+            seconds = time.perf_counter() - began
+            process.join()
+    if process.exitcode:
+        raise RuntimeError(f"the load ended with status {process.exitcode}")
+    took = sorted(end - begin for begin, end in found if not pauses.overlap(begin, end))
     return {
-        "seconds": time.perf_counter() - began,
-        "probes": len(found),
-        "p50": quantile(found, 0.5),
-        "p95": quantile(found, 0.95),
-        "max": found[-1],
+        "seconds": seconds,
+        "probes": len(took),
+        "p50": quantile(took, 0.5),
+        "p95": quantile(took, 0.95),
+        "max": took[-1],
+        "left_out": len(found) - len(took),
+        "stood_still_seconds": pauses.seconds(),
     }
 
 
@@ -217,18 +224,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of each load")
     parser.add_argument("--only", metavar="LOAD,...", help=f"of: {', '.join(LOADS)}")
+    parser.add_argument("--rounds", type=int, default=3, help="of each load (default: %(default)s)")
     parser.add_argument("--url", help="a server that runs already")
     args = parser.parse_args()
     names = ["nothing", *(name for name in (args.only or ",".join(LOADS)).split(",") if name != "nothing")]
     console = Console()
-    raw: dict[str, Any] = {}
     with served(args.url) as url:
         asyncio.run(beside(url, nothing, 1.0))  # connections, caches and kernels are made
         batches = {tokens: batch_seconds(url, tokens) for tokens in (3, 500)}
         console.print("a batch", "  ".join(f"of prompts of {tokens}: {took:.3f} s" for tokens, took in batches.items()))
-        for name in names:
-            found = raw[name] = asyncio.run(beside(url, LOADS[name], 0.1 if args.quick else 1.0))
-            console.print(f"{name:14}", "  ".join(f"{key} {value:.3f}" for key, value in found.items()))
+        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        for _ in range(1 if args.quick else args.rounds):
+            for name in names:
+                found = asyncio.run(beside(url, LOADS[name], 0.1 if args.quick else 1.0))
+                rounds[name].append(found)
+                console.print(f"{name:14}", "  ".join(f"{key} {value:.3f}" for key, value in found.items()))
+    raw: dict[str, Any] = {
+        name: {"p95": statistics.median(one["p95"] for one in found), "rounds": found} for name, found in rounds.items()
+    }
     idle = raw["nothing"]
     claims = [
         Claim(

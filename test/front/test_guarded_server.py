@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,3 +209,12 @@ def test_the_server_is_as_it_was(server: Server) -> None:
     state = _ask(server, "/router/state", ANN, method="GET").json()
     assert (state["restarts"], state["alive"]) == ([0, 0], [True, True])
     _honest(server)
+
+
+def test_an_unused_connection_is_kept_longer_than_clients_keep_theirs(server: Server) -> None:
+    """httpx's pool keeps 5 s, as SGLang does: who asks in that moment would lose a request."""
+    with httpx.Client(headers=ANN, limits=httpx.Limits(keepalive_expiry=60)) as client:
+        first = client.get(server.url + "/v1/models").extensions["network_stream"]
+        time.sleep(6)
+        again = client.get(server.url + "/v1/models").extensions["network_stream"]
+    assert again.get_extra_info("client_addr") == first.get_extra_info("client_addr")
