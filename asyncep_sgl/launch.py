@@ -12,6 +12,7 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
+from asyncep_kernels.native import isa
 from asyncep_router.process_title import hide_keys
 from asyncep_sgl import listening
 from asyncep_sgl.command_line import ServeOptions, parse, sglang_arguments, uses_our_router
@@ -165,6 +166,11 @@ def _prepare(
         *sglang_arguments(options, cpu=cuda is None, max_total_tokens=tokens, extra=() if cuda is None else cuda.flags),
     ]
     exporter = [sys.executable, "-m", "asyncep_sgl.experts.exporter"] if options.nodes > 1 else None
+    if cuda is None and isa.choose() is isa.Isa.NONE and _item_bytes(options, model_config) == 2:
+        logger.warning(
+            "this CPU has no instructions for bfloat16 and computes it many times more slowly than float32; with "
+            "--dtype float32 the experts take twice the memory"
+        )
     if cuda is None:
         logger.info("starting %d rank(s) of %s on %d CPU(s)", options.ranks, options.model, len(set().union(*cpus)))
 
@@ -201,13 +207,18 @@ def _cpu_environment(cpus: Sequence[Sequence[int]]) -> dict[str, str]:
 def _cpu_kv_tokens(options: ServeOptions, model_config: dict[str, Any]) -> int:
     if options.kv_free:
         return one_batch_tokens(model_config, options.passed)
-    dtype = options.dtype if options.dtype != "auto" else model_config.get("dtype") or model_config.get("torch_dtype")
     return kv_tokens(
         model_config,
         ranks=options.ranks,
         free_bytes=available_bytes(),
-        item_bytes=4 if dtype in ("float32", "float") else 2,
+        item_bytes=_item_bytes(options, model_config),
     )
+
+
+def _item_bytes(options: ServeOptions, model_config: dict[str, Any]) -> int:
+    """Of one weight."""
+    dtype = options.dtype if options.dtype != "auto" else model_config.get("dtype") or model_config.get("torch_dtype")
+    return 4 if dtype in ("float32", "float") else 2
 
 
 def _group(options: ServeOptions, store_address: str) -> GroupConfig:

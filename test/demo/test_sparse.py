@@ -13,7 +13,7 @@ from asyncep.demo.build import read_report
 from asyncep.demo.news import TOPICS, sample_articles
 from asyncep.demo.reference import label_log_probs
 from asyncep.demo.task import TaskPrompts, accuracy
-from asyncep.demo.weights import load_dense, load_tokenizer
+from asyncep.demo.weights import load_dense, load_tokenizer, working_dtype
 
 # The first test waits until the model is converted, which takes a core without wide instructions many minutes.
 pytestmark = pytest.mark.timeout(2400)
@@ -29,7 +29,7 @@ TOLERATED_DIVERGENCE = 0.06
 
 @pytest.fixture(scope="module")
 def sparse(sparse_model: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(sparse_model, dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(sparse_model, dtype=working_dtype())
 
 
 def test_routing_is_uneven_and_no_expert_is_dead(sparse_model: Path) -> None:
@@ -67,7 +67,7 @@ def articles() -> list[Article]:
 
 @pytest.fixture(scope="module")
 def dense_scores(articles: list[Article]) -> torch.Tensor:
-    return _scores(load_dense(torch.bfloat16), articles)
+    return _scores(load_dense(torch.bfloat16).to(working_dtype()), articles)
 
 
 def test_answers_are_about_the_dense_models(sparse: Any, articles: list[Article], dense_scores: torch.Tensor) -> None:

@@ -50,7 +50,11 @@ def main(arguments: Sequence[str]) -> int:
     )
 
     console.rule(f"2. the server: {options.dp_size} ranks, one copy of the experts")
-    with Runtime(str(model), dp_size=options.dp_size) as runtime:
+    # Imported late: torch takes seconds, and a wrong flag should not wait for it.
+    from asyncep.demo.weights import working_dtype
+
+    dtype = str(working_dtype()).removeprefix("torch.")
+    with Runtime(str(model), dp_size=options.dp_size, dtype=dtype) as runtime:
         status = _status(runtime.url)
         console.print(_ranks_table(status))
 
@@ -63,7 +67,6 @@ def main(arguments: Sequence[str]) -> int:
 
     console.rule("4. the same prompts through the dense model (Transformers)")
     with console.status("computing"):
-        # Imported late: torch takes seconds, and a wrong flag should not wait for it.
         from asyncep.demo.reference import dense_reference_accuracy
 
         dense = dense_reference_accuracy(articles)
@@ -76,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
         "tokens_per_s": figures["tokens_per_s"],
         "cached_tokens_share": round(figures["cached_tokens_share"], 3),
         "ranks": len(status["ranks"]),
-        "expert_bytes_model": report.expert_bytes,
+        "expert_bytes_model": report.expert_bytes * working_dtype().itemsize // 2,  # bf16 as stored
         "expert_bytes_resident_per_host": status["resident_bytes"],
     }
     print(json.dumps(line))

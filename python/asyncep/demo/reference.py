@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from asyncep.demo.task import TaskPrompts, accuracy, calibration_articles, label_offsets, predict
-from asyncep.demo.weights import load_dense, load_tokenizer
+from asyncep.demo.weights import load_dense, load_tokenizer, working_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,11 +15,9 @@ if TYPE_CHECKING:
     from asyncep.demo.news import Article
 
 
-def dense_reference_accuracy(
-    articles: Sequence[Article], *, dtype: torch.dtype = torch.bfloat16, batch_size: int = 8
-) -> float:
+def dense_reference_accuracy(articles: Sequence[Article], *, batch_size: int = 8) -> float:
     """The dense model's calibrated accuracy on ``articles``, on the very prompts that are served."""
-    return model_accuracy(load_dense(dtype), articles, batch_size=batch_size)
+    return model_accuracy(load_dense(torch.bfloat16).to(working_dtype()), articles, batch_size=batch_size)
 
 
 def model_accuracy(model: Any, articles: Sequence[Article], *, batch_size: int = 8) -> float:
