@@ -146,14 +146,9 @@ class RouterController(RankLife):
 
     def _send_health_check(self, req: Any) -> None:
         """To the rank with the least to do, so that the answer says something about the server, not its queue."""
-        alive = [rank for rank in range(self.launch_dp_size) if self._reachable(rank)]
-        if alive:
-            rank = min(alive, key=lambda r: self.frontend.ledger.account(r).outstanding)
-            sock_send(self.workers[rank], req)
-
-    def _reachable(self, rank: int) -> bool:
-        # A socket whose only peer is gone would block the whole router.
-        return bool(self.status[rank] and self.workers[rank].poll(0, zmq.POLLOUT))
+        for rank in sorted(self.ranks_serving(), key=lambda r: self.frontend.ledger.account(r).outstanding):
+            if self._tell(rank, req):
+                return
 
     def _send(self, dispatches: Sequence[Dispatch]) -> None:
         """What goes to a rank in one turn goes as one message: the rank sees it at once, for its next batch."""
@@ -164,12 +159,6 @@ class RouterController(RankLife):
             self._send_to(rank, sent)
 
     def _send_to(self, rank: int, dispatches: Sequence[Dispatch]) -> None:
-        if not self._reachable(rank):
-            # It has died and its end has not been read yet; the next turn of the loop takes everything back.
-            for dispatch in dispatches:
-                self.frontend.send_back(dispatch.rid)
-            self.frontend.set_accepting(rank, False)
-            return
         requests = [dispatch.request.payload for dispatch in dispatches]
         times = []
         for req in requests:
@@ -181,15 +170,19 @@ class RouterController(RankLife):
             for dispatch in dispatches:
                 dispatch.request.payload.priority = urgency(dispatch.request.priority, dispatch.bulk)
         if len(requests) > 1 and all(isinstance(req, TokenizedGenerateReqInput) for req in requests):
-            sock_send(self.workers[rank], BatchTokenizedGenerateReqInput(batch=requests))
+            told = len(requests) if self._tell(rank, BatchTokenizedGenerateReqInput(batch=requests)) else 0
         else:
-            for req in requests:
-                sock_send(self.workers[rank], req)
+            told = len(list(itertools.takewhile(lambda req: self._tell(rank, req), requests)))
         for req, stats in zip(requests, times, strict=True):
             req.time_stats = stats
             stats.set_dp_dispatch_finish_time()
+        if told < len(requests):
+            # It has died and its end has not been read yet; the next turn of the loop takes everything back.
+            for dispatch in dispatches[told:]:
+                self.frontend.send_back(dispatch.rid)
+            self.frontend.set_accepting(rank, False)
         if self.config.router is not None and self.config.router.log_decisions:
-            for dispatch in dispatches:
+            for dispatch in dispatches[:told]:
                 decisions.info("%s", json.dumps(_decision(dispatch)))
 
     def send_control_message(self, obj: Any) -> None:
@@ -206,8 +199,7 @@ class RouterController(RankLife):
         elif isinstance(obj, PauseGenerationReqInput | ContinueGenerationReqInput):
             self._paused = isinstance(obj, PauseGenerationReqInput)
         for rank in self._active_workers:
-            if self._reachable(rank):
-                sock_send(self.workers[rank], obj)
+            self._tell(rank, obj)
 
     def send_to_all_workers(self, obj: Any) -> None:
         """What SGLang sends to all ranks by another way than `send_control_message`."""

@@ -113,6 +113,15 @@ class RankLife(DataParallelController):  # type: ignore[misc] # upstream is unty
         )
         self._vigil.moved(rank)
 
+    def _tell(self, rank: int, message: Any) -> bool:
+        """Sends a rank a message; False if it is not there. Never waits: a rank may die at any moment, and a socket
+        whose only peer is gone would hold the router for good."""
+        try:
+            sock_send(self.workers[rank], message, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
     def ranks_serving(self) -> list[int]:
         """Those that take requests."""
         return [rank for rank in range(self.launch_dp_size) if self.status[rank]]
@@ -211,9 +220,8 @@ class RankLife(DataParallelController):  # type: ignore[misc] # upstream is unty
     def _send_probes(self) -> None:
         """A rank that is back computes one token before it gets requests: if it cannot, no request is why."""
         for rank, sent in list(self._probing.items()):
-            if not sent and self.workers[rank].poll(0, zmq.POLLOUT):
-                sock_send(self.workers[rank], probe(embeds=self.server_args.is_embedding))
-                self._probing[rank] = True
+            if not sent:
+                self._probing[rank] = self._tell(rank, probe(embeds=self.server_args.is_embedding))
 
     def _computed(self, rank: int) -> None:
         """A rank has reported a batch."""
