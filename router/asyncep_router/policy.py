@@ -58,7 +58,6 @@ class Frontend:
     """
 
     def __init__(self, cost: ModelCost, view: PrefixView, limits: Limits | None = None) -> None:
-        self.cost = cost
         self.view = view
         self.limits = limits or Limits()
         self.ledger = Ledger()
@@ -76,6 +75,15 @@ class Frontend:
         self._arrivals: list[tuple[float, int, str]] = []
         self._caching = 0
         self._seq = 0
+
+    @property
+    def cost(self) -> ModelCost:
+        """The model's. Charges made stay as they were booked when another takes its place."""
+        return self.placing.cost
+
+    @cost.setter
+    def cost(self, cost: ModelCost) -> None:
+        self.placing.cost = cost
 
     # Ranks
 

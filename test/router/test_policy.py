@@ -7,10 +7,13 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from small_moe import COST
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_moe import COST, SMALL_MOE
 
 from asyncep_router.block_view import BlockView
 from asyncep_router.config import Limits
+from asyncep_router.cost import ModelCost
 from asyncep_router.errors import ConfigError, DuplicateRequestError, UnknownRankError
 from asyncep_router.messages import BatchReport, Dispatch, Reason, Request
 from asyncep_router.policy import Frontend
@@ -409,3 +412,29 @@ def test_bad_settings_are_named() -> None:
     ):
         with pytest.raises(ConfigError, match=next(iter(setting))):
             Limits(**setting)  # type: ignore[arg-type]
+
+
+@given(
+    groups=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 40), st.integers(1, 30)), min_size=1, max_size=30),
+    share=st.sampled_from([1 / 64, 0.2]),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_model_that_becomes_known_later_decides_alone(groups: list[tuple[int, int, int]], share: float) -> None:
+    """The router in front of servers starts with a stand-in for the model it will serve."""
+    stand_in = ModelCost.from_config({**SMALL_MOE, "hidden_size": 40 * SMALL_MOE["hidden_size"]})
+    fronts = [
+        Frontend(cost, BlockView(10**7, BLOCK), Limits(block=BLOCK, default_threshold=THOUSAND, await_share=share))
+        for cost in (COST, stand_in)
+    ]
+    fronts[1].cost = COST
+    sent: list[list[Dispatch]] = [[], []]
+    for front, found in zip(fronts, sent, strict=True):
+        for rank in range(2):
+            front.rank_joined(rank)
+        for number, (group, shared, tail) in enumerate(groups):
+            found += run(front, request(f"r{number}", prompt(group, 16 * shared, number, tail)))
+            if number % 3 == 2 and found:
+                done(front, found[-1])
+    assert [(d.rid, d.rank, d.reason, d.flops) for d in sent[0]] == [
+        (d.rid, d.rank, d.reason, d.flops) for d in sent[1]
+    ]

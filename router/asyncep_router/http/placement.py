@@ -121,7 +121,6 @@ class FrontendPlacement:
 
     @cost.setter
     def cost(self, cost: ModelCost) -> None:
-        # Charges made stay as they were booked; only later ones use the new formulas.
         self.frontend.cost = cost
 
     @property
