@@ -91,7 +91,6 @@ class RouterController(RankLife):
         for_own_user(self._state)
         self._state.bind(config.router.state_address)
 
-        self._ranks_let_pass = ranks_take_orders(server_args)
         cost = ModelCost.from_config(read_config(get_model().model_path, get_model().revision))
         limits = limits_of(
             cost,
@@ -100,7 +99,7 @@ class RouterController(RankLife):
             gathers=config.group.gathers,
             on_gpu=config.transport != "host",
             chunk_tokens=get_schedule().chunked_prefill_size or 0,
-            ranks_let_pass=self._ranks_let_pass,
+            ranks_let_pass=ranks_take_orders(server_args),
         )
         # Twice what all ranks can hold: prefixes under way count as held before they are.
         budget = 2 * self.launch_dp_size * self.max_total_num_tokens
@@ -166,7 +165,7 @@ class RouterController(RankLife):
             stats.set_dp_dispatch_time()
             times.append(stats)
             req.time_stats = wrap_as_pickle(stats)
-        if self._ranks_let_pass:
+        if self.frontend.limits.ranks_let_pass:
             for dispatch in dispatches:
                 dispatch.request.payload.priority = urgency(dispatch.request.priority, dispatch.bulk)
         if len(requests) > 1 and all(isinstance(req, TokenizedGenerateReqInput) for req in requests):
