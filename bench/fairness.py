@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
-from models import QWEN3_TINY, random_qwen3
+from models import QWEN3_TINY, random_qwen3, word_tokenizer
 from pauses import watched
 from records import Claim, write
 from rich.console import Console
@@ -134,8 +134,8 @@ def huge_text(url: str, scale: float) -> None:
 
 
 def long_texts(url: str, scale: float) -> None:
-    """A list of texts, 4 MB in all."""
-    body = {"text": [_text(2_000, number) for number in range(int(2000 * scale))], **NO_TOKENS}
+    """A list of texts, 400 kB in all."""
+    body = {"text": [_text(2_000, number) for number in range(int(200 * scale))], **NO_TOKENS}
     httpx.post(f"{url}/generate", json=body, timeout=600).raise_for_status()
 
 
@@ -215,7 +215,9 @@ def served(url: str | None) -> Iterator[str]:
     if url is not None:
         yield url
         return
-    with local_server(str(random_qwen3("qwen3-tiny", QWEN3_TINY)), ("--dp-size", "2")) as found:
+    _, tokenizer = word_tokenizer(QWEN3_TINY["vocab_size"])
+    flags = ("--dp-size", "2", "--tokenizer-path", str(tokenizer))
+    with local_server(str(random_qwen3("qwen3-tiny", QWEN3_TINY)), flags) as found:
         yield found
 
 
