@@ -186,7 +186,7 @@ async def full_disk(here: Place, model: Path, load: Load, count: int) -> AsyncIt
     deleting and cancelling work, and an upload is refused with a reason."""
     result = Result("full disk under the batches")
     asked, expected = for_batches(load)
-    with small_disk(here.folder / "small", "32m") as folder:
+    with small_disk(here.folder / "small", "160m") as folder:  # room for what a batch promises to write
         server = serve(here, model, "--asyncep-batch-dir", str(folder / "batches"))
         try:
             await asyncio.to_thread(server.wait_ready, word=" ready in ")
