@@ -166,7 +166,7 @@ def _prepare(
         *sglang_arguments(options, cpu=cuda is None, max_total_tokens=tokens, extra=() if cuda is None else cuda.flags),
     ]
     exporter = [sys.executable, "-m", "asyncep_sgl.experts.exporter"] if options.nodes > 1 else None
-    if cuda is None and isa.choose() is isa.Isa.NONE and _item_bytes(options, model_config) == 2:
+    if cuda is None and not isa.computes_bf16() and _item_bytes(options, model_config) == 2:
         logger.warning(
             "this CPU has no instructions for bfloat16 and computes it many times more slowly than float32; with "
             "--dtype float32 the experts take twice the memory"

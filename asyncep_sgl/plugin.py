@@ -19,7 +19,7 @@ import torch
 from sglang.srt.disaggregation.kv_events import EventPublisherFactory
 from sglang.srt.platforms import current_platform
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-from sglang.srt.runtime_context import get_model, get_parallel
+from sglang.srt.runtime_context import get_model, get_parallel, get_schedule
 
 from asyncep_router.cost import ModelCost
 from asyncep_router.long_lived import settle
@@ -83,7 +83,7 @@ def _around_scheduler(original: Callable[..., None], *args: Any, **kwargs: Any) 
         RouterEventPublisher.join = "joined-events" not in config.without
         _reporter = RouterEventPublisher.reporter = RankReporter(rank, config.router.report_address, cost)
         start_beating(rank, config.router.report_address)
-        if config.transport == "host" and not config.group.gathers:
+        if config.transport == "host" and not config.group.gathers and ranks_take_orders(get_schedule()):
             # Elsewhere batches are SGLang's, which the router counts in too, or those of the gather.
             # Imported only now: in this process, after the hooks.
             from asyncep_sgl.scheduling.router_batches import bounded

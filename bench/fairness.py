@@ -179,6 +179,8 @@ async def beside(url: str, load: Callable[[str, float], None], scale: float) -> 
     if process.exitcode:
         raise RuntimeError(f"the load ended with status {process.exitcode}")
     took = sorted(end - begin for begin, end in found if not pauses.overlap(begin, end))
+    if not took:
+        raise RuntimeError(f"the machine stood still during all {len(found)} requests; run it again")
     return {
         "seconds": seconds,
         "probes": len(took),

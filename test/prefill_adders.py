@@ -25,7 +25,7 @@ class Request(MagicMock):
 def request(tokens: int, cached: int, priority: int | None = None) -> Request:
     """Of new and cached tokens."""
     found = Request()
-    found.priority, found.is_prefill_only = priority, True
+    found.priority = priority
     found.sampling_params = SimpleNamespace(ignore_eos=False, max_new_tokens=0)
     found.full_untruncated_fill_ids = range(tokens + cached)
     found.prefix_len, found.extend_end, found.output_ids = cached, cached, []

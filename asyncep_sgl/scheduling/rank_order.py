@@ -14,9 +14,13 @@ from typing import Any
 MOST_SECONDS = 10.0
 
 
-def ranks_take_orders(server_args: Any) -> bool:
-    """Whether a rank's order is the router's: with SGLang's own scheduling by priorities it is not."""
-    return not (server_args.enable_priority_scheduling or server_args.abort_on_priority_when_disabled)
+def ranks_take_orders(schedule: Any) -> bool:
+    """Whether a rank's order is the router's: with SGLang's own scheduling by priorities it is not.
+
+    Args:
+        schedule: SGLang's server arguments, or those of them that `get_schedule` gives.
+    """
+    return not (schedule.enable_priority_scheduling or schedule.abort_on_priority_when_disabled)
 
 
 def urgency(priority: int, bulk: bool) -> int:

@@ -19,18 +19,16 @@ from asyncep_sgl.scheduling.rank_order import is_bulk
 _SHARE_BESIDE_QUICK = 0.5
 
 
-def share_of_batch(cost: ModelCost, tokens: int, new: int, cached: int) -> float:
-    """How much of a batch a request of `new` tokens after `cached` ones is: by FLOPs or by tokens, whichever is more.
-
-    FLOPs count what a long prefix adds. For short prompts tokens say better how long they take.
+def share_of_batch(cost: ModelCost, tokens: int) -> Callable[[int, int], float]:
+    """What says how much of a batch a request is, of its new and its cached tokens: by FLOPs or by tokens, whichever is
+    more. FLOPs count what a long prefix adds; for short prompts tokens say better how long they take.
 
     Args:
         cost: the model's.
         tokens: of the one prompt that is a whole batch.
-        new: of the request, to be computed.
-        cached: of the request, before them.
     """
-    return max(cost.flops(new, cached) / cost.flops(tokens), max(new, TOKENS_A_REQUEST) / tokens)
+    whole = cost.flops(tokens)
+    return lambda new, cached: max(cost.flops(new, cached) / whole, max(new, TOKENS_A_REQUEST) / tokens)
 
 
 def bounded(cost: ModelCost, tokens: int) -> Callable[[type[PrefillAdder]], type[PrefillAdder]]:
@@ -40,11 +38,12 @@ def bounded(cost: ModelCost, tokens: int) -> Callable[[type[PrefillAdder]], type
         cost: the model's.
         tokens: of the one prompt that is a whole batch.
     """
+    share = share_of_batch(cost, tokens)
     made: dict[type[PrefillAdder], type[PrefillAdder]] = {}
 
     def adder_class(chosen: type[PrefillAdder]) -> type[PrefillAdder]:
         if chosen not in made:
-            made[chosen] = _bounded(chosen, lambda new, cached: share_of_batch(cost, tokens, new, cached))
+            made[chosen] = _bounded(chosen, share)
         return made[chosen]
 
     return adder_class
@@ -58,13 +57,15 @@ def _bounded(chosen: type[PrefillAdder], share: Callable[[int, int], float]) -> 
             super().__init__(*args, **kwargs)
             self._filled = 0.0
             self._counted = 0
+            self._has_quick = False
 
         def add_one_req(self, req: Any, *args: Any, **kwargs: Any) -> Any:
             for added in self.can_run_list[self._counted :]:
                 self._filled += share(added.extend_end - added.prefix_len, added.prefix_len)
                 self._counted += 1
+                self._has_quick |= not is_bulk(added.priority)
             if self._counted:
-                mixed = is_bulk(req.priority) and not is_bulk(self.can_run_list[0].priority)
+                mixed = self._has_quick and is_bulk(req.priority)
                 more = share(len(req.full_untruncated_fill_ids) - req.prefix_len, req.prefix_len)
                 if self._filled + more > (_SHARE_BESIDE_QUICK if mixed else 1.0):
                     return AddReqResult.OTHER

@@ -249,6 +249,10 @@ class PendingQueue:
                 if group.alive and group.queue and group.node.owners >> one & 1:
                     yield group, since
 
+    def groups(self) -> list[Group]:
+        """Those with entries, the one that waits longest first."""
+        return sorted((group for group in self._groups.values() if group.queue), key=lambda group: group.head.seq)
+
     def entries(self) -> Iterator[Entry]:
         """All entries, group by group."""
         for group in self._groups.values():

@@ -113,17 +113,19 @@ class Placing:
             return
 
     def serve_express(self, level: PendingQueue, old: float, send: Send) -> None:
-        """What `serve` has left goes, oldest first, to ranks that have room for quick requests besides their bulk. Who
-        waits for a prefix that is being computed goes on waiting."""
+        """What `serve` has left goes to ranks that have room for quick requests besides their bulk, the group that
+        waits longest first. Who waits for a prefix that is being computed goes on waiting."""
         if not self.gate.express & ~self.gate.open:
             return
-        for entry in sorted(level.entries(), key=_by_seq):
-            if not self.gate.express:
-                return
-            longest = next((holders for _, holders in self.match(entry).steps), 0)
-            begun = (self._pays_to_wait(entry, rank) for rank in members(longest & self.gate.alive))
-            if not any(since is not None and since > old for since in begun):
-                send(entry, *self.best(entry, self.gate.express))
+        for group in level.groups():
+            while self.gate.express and group.alive and group.queue and not self._prefix_comes(group.head, old):
+                send(group.head, *self.best(group.head, self.gate.express))
+
+    def _prefix_comes(self, entry: Entry, old: float) -> bool:
+        """Whether a rank that holds the most of it has begun to compute that after `old`, and it pays to wait."""
+        longest = next((holders for _, holders in self.match(entry).steps), 0)
+        begun = (self._pays_to_wait(entry, rank) for rank in members(longest & self.gate.alive))
+        return any(since is not None and since > old for since in begun)
 
     def _take_owned(self, level: PendingQueue, ranks: int, old: float, send: Send) -> bool:
         """One of `ranks` takes a request whose prefix it holds."""

@@ -15,9 +15,6 @@ from asyncep.demo.reference import label_log_probs
 from asyncep.demo.task import TaskPrompts, accuracy
 from asyncep.demo.weights import load_dense, load_tokenizer, working_dtype
 
-# The first test waits until the model is converted, which takes a core without wide instructions many minutes.
-pytestmark = pytest.mark.timeout(2400)
-
 if TYPE_CHECKING:
     from pathlib import Path
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,8 +214,9 @@ def test_the_server_is_as_it_was(server: Server) -> None:
 
 def test_an_unused_connection_is_kept_longer_than_clients_keep_theirs(server: Server) -> None:
     """httpx's pool keeps 5 s, as SGLang does: who asks in that moment would lose a request."""
-    with httpx.Client(headers=ANN, limits=httpx.Limits(keepalive_expiry=60)) as client:
-        first = client.get(server.url + "/v1/models").extensions["network_stream"]
-        time.sleep(6)
-        again = client.get(server.url + "/v1/models").extensions["network_stream"]
-    assert again is first
+    line = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=6)
+    with contextlib.closing(line):
+        line.request("GET", "/v1/models", headers=ANN)
+        assert line.getresponse().read()
+        with pytest.raises(TimeoutError):
+            line.sock.recv(1)  # its end would come as no bytes

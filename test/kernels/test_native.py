@@ -201,3 +201,19 @@ def test_kernels_are_built_once_and_by_one_process(tmp_path: Path, monkeypatch: 
     before = path.stat().st_mtime_ns
     subprocess.run(command, check=True, capture_output=True)
     assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("flags\t\t: fpu avx2 avx512f", False),
+        ("flags\t\t: fpu avx512f avx512_bf16", True),
+        ("flags\t\t: fpu amx_tile amx_bf16", True),
+        ("Features\t: fp asimd bf16", True),
+        ("Features\t: fp asimd", False),
+        ("model name\t: bf16", False),
+    ],
+)
+def test_whether_a_cpu_computes_bf16(line: str, found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa.Path, "read_text", lambda _: f"processor\t: 0\n{line}\n")
+    assert isa.computes_bf16() == found

@@ -30,17 +30,26 @@ def test_a_batch_closes_in_time_and_not_early(
     waiting = [request(*each, urgency(0, bulk=False)) for each in quick]
     waiting += [request(*each, urgency(0, bulk=True)) for each in bulk]
     found = batches(waiting, bounded(COST, tokens)(PrefillAdder), 1)
+    share = share_of_batch(COST, tokens)
     everything = [*quick, *bulk]
     assert [each for batch in found for each in batch] == everything, "all, whole, in order"
     done = 0
     for batch in found:
         first_bulk = max(0, len(quick) - done)  # in this batch
-        shares = [share_of_batch(COST, tokens, *each) for each in batch]
+        shares = [share(*each) for each in batch]
         done += len(batch)
         mixed = 0 < first_bulk < len(batch)
         assert len(batch) == 1 or sum(shares) <= (0.5 if mixed else 1) + 1e-9
         if done < len(everything):
             joins_quick = first_bulk > 0 and done >= len(quick)
-            following = share_of_batch(COST, tokens, *everything[done])
+            following = share(*everything[done])
             assert sum(shares) + following > (0.5 if joins_quick else 1) - 1e-9
             assert sum(new for new, _ in batch) < CHUNK_TOKENS
+
+
+@patch("sglang.srt.managers.schedule_policy.get_exec", lambda: PLAIN)
+@patch("sglang.srt.managers.schedule_policy.get_schedule", lambda: PLAIN)
+def test_a_quick_request_behind_bulk_that_has_waited_long_keeps_its_batch_small_too() -> None:
+    waiting = [request(100, 0, urgency(0, bulk=bulk)) for bulk in (True, False, *[True] * 20)]
+    found = batches(waiting, bounded(COST, 1000)(PrefillAdder), 1)
+    assert [len(batch) for batch in found] == [5, 10, 7]

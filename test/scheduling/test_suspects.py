@@ -12,31 +12,15 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_moe import COST
 
 from asyncep_router.block_view import BlockView
 from asyncep_router.config import Limits
-from asyncep_router.cost import ModelCost
 from asyncep_router.messages import BatchReport, Dispatch, Request
 from asyncep_router.policy import Frontend
 from asyncep_sgl.scheduling.quarantine import Quarantine, Remembered
 from asyncep_sgl.scheduling.restarts import RankDeaths
 from asyncep_sgl.scheduling.suspects import QUARANTINED, Suspects
-
-COST = ModelCost.from_config(
-    {
-        "model_type": "qwen3_moe",
-        "hidden_size": 512,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "intermediate_size": 1024,
-        "moe_intermediate_size": 384,
-        "num_experts": 32,
-        "num_experts_per_tok": 4,
-        "vocab_size": 1000,
-    }
-)
 
 
 @dataclass

@@ -246,6 +246,36 @@ def test_a_lone_rank_computes_a_common_prefix_once(lone: Server) -> None:
     assert router(lone)["finished"] >= 40
 
 
+def test_a_single_request_passes_the_list_that_its_rank_has_already(lone: Server) -> None:
+    """The rank is stopped until it has been sent both, so that it finds them together."""
+    listed = {"input_ids": [prompt(number)[:64] for number in range(300)], "sampling_params": NOTHING_NEW}
+    single = {"input_ids": prompt(400)[:3], "sampling_params": NOTHING_NEW}
+
+    def in_flight() -> int:
+        return int(router(lone)["ranks"]["0"]["requests_in_flight"])
+
+    lone.post("/flush_cache", {})
+    pid = lone.status()["ranks"][0]["pid"]
+    with ThreadPoolExecutor(2) as pool:
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            answers = pool.submit(lone.post, "/generate", listed)
+            wait_until(lambda: router(lone)["pending"] + in_flight() == len(listed["input_ids"]))
+            sent = in_flight()
+            after = time.monotonic() - began
+            answer = pool.submit(lone.post, "/generate", single)
+            # The rank has all that it may have of the list.
+            wait_until(lambda: in_flight() == sent + 1)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        ended = after + answer.result().json()["meta_info"]["e2e_latency"]
+        earlier = sum(each["meta_info"]["e2e_latency"] < ended for each in answers.result().json())
+    # Half a batch of the list may share its batch; without passing all that had been sent but its own batch is earlier.
+    assert sent >= 64
+    assert earlier < sent / 2
+
+
 def test_a_lone_rank_that_is_killed_loses_nothing(lone: Server) -> None:
     numbers = [number % 20 for number in range(100)]
     expected = {number: lone.log_probabilities([prompt(number)], LABELS)[0] for number in set(numbers)}

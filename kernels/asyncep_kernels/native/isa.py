@@ -49,6 +49,11 @@ def choose() -> Isa:
     return max(Isa(wanted), best, key=order.index)
 
 
+def computes_bf16() -> bool:
+    """Whether this CPU has instructions for bf16. Without, torch computes it many times more slowly than fp32."""
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & _cpu_flags())  # the last is what Arm calls it
+
+
 def allow_tiles() -> bool:
     """Asks the kernel for AMX's tile registers, for all threads of this process; False if it refuses."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -66,4 +71,5 @@ def _cpu_flags() -> frozenset[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return frozenset()
-    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), ()))
+    listed = (line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features")))
+    return frozenset(next(listed, ()))

@@ -70,12 +70,12 @@ def load_tokenizer() -> PreTrainedTokenizerBase:
 def working_dtype() -> torch.dtype:
     """In what this machine's CPU computes these models well: bf16, as they are stored, or fp32.
 
-    Without instructions for it torch computes bf16 some fifty times more slowly than fp32, and less exactly: a model
-    converted so strays three times as far from the dense one.
+    Without instructions for it torch computes bf16 slowly, and so much less exactly that a model converted with it
+    strays further from the dense one than `test_sparse.py` tolerates.
     """
     from asyncep_kernels.native import isa
 
-    return torch.float32 if isa.choose() is isa.Isa.NONE else torch.bfloat16
+    return torch.bfloat16 if isa.computes_bf16() else torch.float32
 
 
 def load_dense(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
