@@ -6,9 +6,10 @@ which process to be. They share the imported pages, and a rank that died is repl
 weights.
 
 A process that will need others for as long as it lives, as the router needs ranks, cannot fork them itself: it has
-threads by then. It keeps a *template*, a child with one thread that forks on demand and is never used up. What the
-template forks becomes its owner's child, as if the owner had forked it. Where there is no child and no template,
-processes are spawned as before.
+threads by then. It keeps *templates*, children with one thread that fork on demand and are never used up. What a
+template forks becomes its owner's child, as if the owner had forked it. There are two: when one is killed, the other
+forks its successor in milliseconds, where importing everything anew takes many seconds. Where there is no child and no
+template, processes are spawned as before.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+import select
 import signal
 import socket
 import subprocess
@@ -29,7 +31,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from multiprocessing import connection, context, popen_fork, popen_spawn_posix, process, reduction, spawn, util
 from typing import Any, NamedTuple, NoReturn
 
@@ -42,10 +44,15 @@ _PR_SET_CHILD_SUBREAPER = 36
 # Descriptors that come with a process: the ends of its pipes.
 _MOST_DESCRIPTORS = 64
 _LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_STACK)
+_TEMPLATES = 2
 # A template answers in milliseconds; one that is started anew imports everything first.
 _TEMPLATE_SECONDS = 10.0
 _NEW_TEMPLATE_SECONDS = 180.0
-
+# Between two attempts to have as many templates as there should be, where one fails.
+_MEND_AGAIN_SECONDS = 30.0
+# What a template is asked for.
+_A_CHILD = b"c"
+_A_TEMPLATE = b"t"
 
 _PID_BYTES = 8
 
@@ -56,9 +63,9 @@ class _Child(NamedTuple):
 
 
 _waiting: list[_Child] = []
-# Names of the functions whose processes keep a template.
+# Names of the functions whose processes keep templates.
 _keepers: set[str] = set()
-_template: Template | None = None
+_templates: Templates | None = None
 # In a child: its line to the parent, and what came with the process it is to be.
 _line: socket.socket | None = None
 _descriptors: list[int] = []
@@ -71,7 +78,7 @@ def fork_ahead(count: int, keepers: Collection[str] = ()) -> int:
 
     Args:
         count: how many.
-        keepers: names of functions; a child that is to run one of them keeps a template (`keep_template`).
+        keepers: names of functions; a child that is to run one of them keeps templates (`keep_templates`).
     """
     _keepers.update(keepers)
     if not _can_fork():
@@ -88,35 +95,35 @@ def fork_ahead(count: int, keepers: Collection[str] = ()) -> int:
     return count
 
 
-def keep_template() -> bool:
-    """Forks a template for this process, from which every process that it starts later is forked.
+def keep_templates() -> bool:
+    """Forks templates for this process, from which every process that it starts later is forked.
 
     To be called before the process opens anything that a child should not hold. Returns False if threads run.
     """
-    global _template
+    global _templates
     if not _can_fork():
         return False
     # What a template forks would else become a child of the launcher, which is the next subreaper above.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    ours, theirs = socket.socketpair()
     owner = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        ours.close()
-        try:
-            _let_go()
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            serve_template(theirs, owner)
-        finally:
-            os._exit(1)
-    theirs.close()
-    _template = Template(pid, ours)
+    templates: list[_Child] = []
+    for _ in range(_TEMPLATES):
+        ours, theirs = socket.socketpair()
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            for template in templates:
+                template.line.close()
+            _be_template(theirs, owner, announce=False)
+        theirs.close()
+        templates.append(_Child(pid, ours))
+    _templates = Templates(templates)
     return True
 
 
-def template_pid() -> int | None:
-    """The process that this one's processes are forked from; None if there is none."""
-    return _template.pid if _template is not None else None
+def template_pids() -> set[int]:
+    """The processes that this one's processes are forked from."""
+    return _templates.pids() if _templates is not None else set()
 
 
 def reap_orphans(known: Collection[int]) -> None:
@@ -144,61 +151,108 @@ def _can_fork() -> bool:
     return True
 
 
-class Template:
-    """The owner's end of a template. Any thread may ask it.
+class Templates:
+    """The owner's end of its templates. Any thread may ask; one of its own replaces templates that have ended."""
 
-    Attributes:
-        pid: the template's process.
-    """
-
-    def __init__(self, pid: int, line: socket.socket) -> None:
-        self.pid = pid
-        self._line = line
+    def __init__(self, templates: list[_Child]) -> None:
+        self._templates = templates
         self._lock = threading.Lock()
+        threading.Thread(target=self._keep, name="templates", daemon=True).start()
+
+    def pids(self) -> set[int]:
+        """Their processes, those that have ended but are not replaced yet among them."""
+        return {template.pid for template in self._templates}
 
     def child(self) -> _Child:
         """A new child of this process that waits to be told what to be.
 
-        A template that has ended or does not answer is replaced by one that is started anew.
+        Where no template is left or answers, one is started anew.
 
         Raises:
             OSError: that one does not answer either.
         """
         with self._lock:
-            try:
-                return self._ask(_TEMPLATE_SECONDS)
-            except OSError as error:
-                logger.warning("the template of processes is started anew (%s: %s)", type(error).__name__, error)
-                self._replace()
-                return self._ask(_NEW_TEMPLATE_SECONDS)
+            return self._forked(_A_CHILD)
 
-    def _ask(self, seconds: float) -> _Child:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            socket.send_fds(self._line, [b"f"], [theirs.fileno()])
+    def _keep(self) -> None:
+        while True:
+            with self._lock:
+                self._drop(_has_ended)
+                whole = self._fill_up()
+                ends = [os.pidfd_open(template.pid) for template in self._templates]
+            # One that another thread drops ends too, so that this is never asleep over others than there are.
+            with contextlib.closing(select.epoll()) as sleep:
+                for end in ends:
+                    sleep.register(end, select.EPOLLIN)
+                sleep.poll(None if whole else _MEND_AGAIN_SECONDS)
+            _close(*ends)
+
+    def _fill_up(self) -> bool:
         try:
-            ours.settimeout(seconds)
-            said = ours.recv(_PID_BYTES, socket.MSG_WAITALL)
-            if len(said) != _PID_BYTES:
-                raise ConnectionResetError("it has ended")
-            ours.settimeout(None)
-        except OSError:
-            ours.close()
-            raise
-        return _Child(int.from_bytes(said, sys.byteorder), ours)
+            while len(self._templates) < _TEMPLATES:
+                self._templates.append(self._forked(_A_TEMPLATE))
+        except OSError as error:
+            logger.warning("no template of processes can be had (%s: %s)", type(error).__name__, error)
+        return len(self._templates) == _TEMPLATES
 
-    def _replace(self) -> None:
-        self._line.close()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
-        ours, theirs = socket.socketpair()
+    def _forked(self, what: bytes) -> _Child:
+        while self._templates:
+            template = self._templates[0]
+            try:
+                return _ask(template.line, what, _TEMPLATE_SECONDS)
+            except OSError as error:
+                logger.warning("a template of processes is replaced (%s: %s)", type(error).__name__, error)
+                self._drop(lambda each, gone=template: each is gone)  # type: ignore[misc]
+        anew = _new_template()
+        self._templates.append(anew)
+        try:
+            return _ask(anew.line, what, _NEW_TEMPLATE_SECONDS)
+        except OSError:
+            self._drop(lambda each: each is anew)
+            raise
+
+    def _drop(self, gone: Callable[[_Child], bool]) -> None:
+        for template in [each for each in self._templates if gone(each)]:
+            self._templates.remove(template)
+            template.line.close()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(template.pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(template.pid, 0)
+
+
+def _has_ended(child: _Child) -> bool:
+    try:
+        return os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
+
+
+def _ask(line: socket.socket, what: bytes, seconds: float) -> _Child:
+    """What a template forks for this process."""
+    ours, theirs = socket.socketpair()
+    try:
         with theirs:
-            command = [sys.executable, "-m", "asyncep_sgl.template_process", str(theirs.fileno()), str(os.getpid())]
-            started = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
-        self.pid, self._line = started.pid, ours
-        started.returncode = 0  # waited for above, by its number, if it ends
+            socket.send_fds(line, [what], [theirs.fileno()])
+        ours.settimeout(seconds)
+        said = ours.recv(_PID_BYTES, socket.MSG_WAITALL)
+        if len(said) != _PID_BYTES:
+            raise ConnectionResetError("it has ended")
+        ours.settimeout(None)
+    except OSError:
+        ours.close()
+        raise
+    return _Child(int.from_bytes(said, sys.byteorder), ours)
+
+
+def _new_template() -> _Child:
+    """A template that imports everything before it answers."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        command = [sys.executable, "-m", "asyncep_sgl.template_process", str(theirs.fileno()), str(os.getpid())]
+        started = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+    started.returncode = 0  # waited for by its number when it ends
+    return _Child(started.pid, ours)
 
 
 def serve_template(line: socket.socket, owner: int) -> NoReturn:
@@ -207,8 +261,8 @@ def serve_template(line: socket.socket, owner: int) -> NoReturn:
     A child is forked by a process between, which ends at once: its parent is then the next subreaper above, the owner.
     """
     while True:
-        message, descriptors, _, _ = socket.recv_fds(line, 1, 1)
-        if not message:
+        what, descriptors, _, _ = socket.recv_fds(line, 1, 1)
+        if not what:
             os._exit(0)
         theirs = socket.socket(fileno=descriptors[0])
         between = os.fork()
@@ -219,9 +273,24 @@ def serve_template(line: socket.socket, owner: int) -> NoReturn:
             line.close()
             while os.getppid() == me:
                 time.sleep(0.001)
+            if what == _A_TEMPLATE:
+                _be_template(theirs, owner, announce=True)
             _wait(theirs, owner, announce=True)
         theirs.close()
         os.waitpid(between, 0)
+
+
+def _be_template(line: socket.socket, owner: int, announce: bool) -> NoReturn:
+    """The life of a process that has been forked to be a template. ``announce``: as for `_wait`."""
+    try:
+        _let_go()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == owner:
+            if announce:
+                line.sendall(os.getpid().to_bytes(_PID_BYTES, sys.byteorder))
+            serve_template(line, owner)
+    finally:
+        os._exit(1)
 
 
 class PreforkContext(context.SpawnContext):
@@ -249,9 +318,9 @@ def _started(process_obj: Any) -> Any:
             return _Popen(process_obj, child)
         except (BrokenPipeError, ConnectionResetError, ProcessLookupError):
             os.waitpid(child.pid, 0)  # it has been killed: the next one
-    if _template is not None:
+    if _templates is not None:
         try:
-            return _Popen(process_obj, _template.child())
+            return _Popen(process_obj, _templates.child())
         except OSError as error:
             logger.warning("a process is spawned, not forked (%s: %s)", type(error).__name__, error)
     return popen_spawn_posix.Popen(process_obj)
@@ -332,11 +401,11 @@ def _wait(line: socket.socket, parent: int, announce: bool = False) -> NoReturn:
 
 def _let_go() -> None:
     """Gives up what is the parent's: its lines to its other children and its own parent, and its signal handlers."""
-    global _line, _template
+    global _line, _templates
     for child in _waiting:
         child.line.close()
     _waiting.clear()
-    _template = None
+    _templates = None
     if _line is not None:
         _line.close()
     _line = None
@@ -367,7 +436,7 @@ def _become(line: socket.socket) -> int:
     finally:
         del this._inheriting
     if getattr(process_obj._target, "__name__", "") in _keepers:
-        keep_template()
+        keep_templates()
     status: int = process_obj._bootstrap(parent_sentinel=line.fileno())
     return status
 

@@ -15,7 +15,7 @@ import pytest
 
 START = """
 import json, os, resource, signal, sys, threading, time, types
-from asyncep_sgl.prefork import PreforkContext, fork_ahead, keep_template, reap_orphans, template_pid, _waiting
+from asyncep_sgl.prefork import PreforkContext, fork_ahead, keep_templates, reap_orphans, template_pids, _waiting
 from prefork_targets import ask, with_children
 sys.modules["marker_of_the_parent"] = types.ModuleType("marker_of_the_parent")
 """
@@ -97,15 +97,15 @@ process.join()
 def test_a_template_is_never_used_up_and_its_children_are_their_owners() -> None:
     answers, me, left = run(
         """
-keep_template()
+keep_templates()
 answers = [ask(status) for status in range(12)]
 children = [child.pid for child in __import__("psutil").Process().children()]
-print(json.dumps([answers, os.getpid(), children == [template_pid()]]))
+print(json.dumps([answers, os.getpid(), set(children) == template_pids()]))
 """
     )
     assert [status for _, status in answers] == list(range(12))
     assert all(found["forked"] and found["parent"] == me for found, _ in answers)
-    # Nothing but the template is left: neither zombies nor the processes between.
+    # Nothing but the templates is left: neither zombies nor the processes between.
     assert left
 
 
@@ -113,7 +113,7 @@ def test_a_template_serves_threads_and_outlives_none_of_them() -> None:
     found, alive = run(
         """
 from concurrent.futures import ThreadPoolExecutor
-keep_template()
+keep_templates()
 with ThreadPoolExecutor(6) as pool:
     found = [done.result() for done in [pool.submit(ask, 1 + i) for i in range(6)]]
 # The thread that started it has ended; a process that is forked does not end with it.
@@ -138,25 +138,67 @@ print(json.dumps([found, alive and process.exitcode == 0]))
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
-def test_a_template_that_is_gone_is_replaced(how: str) -> None:
-    first, second, third, replaced = run(
+def test_the_other_template_forks_one_for_one_that_is_gone(how: str) -> None:
+    answers, whole, left = run(
         f"""
 import asyncep_sgl.prefork as prefork
 prefork._TEMPLATE_SECONDS = 0.5
-keep_template()
+keep_templates()
+answers, whole = [], []
+for turn in range(5):
+    first = prefork._templates._templates[0].pid
+    os.kill(first, signal.{how})
+    answers.append(ask(turn))
+    deadline = time.monotonic() + 10
+    while (len(template_pids()) < 2 or first in template_pids()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    whole.append(len(template_pids() - {{first}}))
+children = [child.pid for child in __import__("psutil").Process().children()]
+print(json.dumps([answers, whole, set(children) == template_pids()]))
+"""
+    )
+    assert [status for _, status in answers] == list(range(5))
+    assert all(answer["forked"] for answer, _ in answers)
+    assert whole == [2] * 5
+    assert left
+
+
+def test_a_template_that_is_killed_is_replaced_before_anybody_asks() -> None:
+    assert run(
+        """
+keep_templates()
+for old in list(template_pids()):
+    os.kill(old, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while (len(template_pids()) < 2 or old in template_pids()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+print(json.dumps(len(template_pids()) == 2 and ask()[0]["forked"]))
+"""
+    )
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+def test_where_all_templates_are_gone_one_is_started_anew(how: str) -> None:
+    first, second, third, left = run(
+        f"""
+import asyncep_sgl.prefork as prefork
+prefork._TEMPLATE_SECONDS = 0.5
+keep_templates()
 first = ask()
-old = template_pid()
-os.kill(old, signal.{how})
+old = template_pids()
+for pid in old:
+    os.kill(pid, signal.{how})
 second = ask(2)
 third = ask(3)
-print(json.dumps([first, second, third, [old != template_pid(), not os.path.exists(f"/proc/{{old}}")]]))
+left = [pid for pid in old if pid in template_pids() or os.path.exists(f"/proc/{{pid}}")]
+print(json.dumps([first, second, third, left]))
 """
     )
     assert first[0]["forked"]
     # The new one has imported SGLang, not what the test had in this process.
     assert (second[1], third[1]) == (2, 3)
     assert [answer["imported"] for answer, _ in (second, third)] == [True, True]
-    assert replaced == [True, True]
+    assert left == []
 
 
 @pytest.mark.parametrize("forked", ["True", "False"])
@@ -165,7 +207,7 @@ def test_the_end_of_a_child_is_seen_on_the_pipe_that_it_was_to_write_to(forked: 
         f"""
 from prefork_targets import wait
 if {forked}:
-    keep_template()
+    keep_templates()
 context = PreforkContext()
 reader, writer = context.Pipe(duplex=False)
 process = context.Process(target=wait, args=(writer,))
@@ -186,20 +228,20 @@ def test_what_a_template_forked_ends_with_its_owner() -> None:
         START
         + """
 from prefork_targets import answer
-keep_template()
+keep_templates()
 context = PreforkContext()
 ours, theirs = context.Pipe()
 process = context.Process(target=answer, args=(theirs,))
 process.start()
 ours.recv()
-print(process.pid, template_pid(), flush=True)
+print(process.pid, *template_pids(), flush=True)
 time.sleep(60)
 """
     )
     with subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE) as owner:
         assert owner.stdout is not None
         pids = [int(pid) for pid in owner.stdout.readline().split()]
-        assert len(pids) == 2
+        assert len(pids) == 3
         owner.kill()
     wait_gone(pids)
 
@@ -207,7 +249,7 @@ time.sleep(60)
 def test_orphans_are_reaped_and_children_left_alone() -> None:
     found = run(
         """
-keep_template()
+keep_templates()
 # A process whose parent ends comes to this one, the next subreaper above.
 reader, writer = os.pipe()
 child = os.fork()
@@ -225,7 +267,7 @@ while __import__("psutil").Process(child).status() != "zombie":
     time.sleep(0.02)
 reap_orphans({child})
 first = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-reap_orphans({template_pid()})
+reap_orphans(template_pids())
 print(json.dumps([first, os.path.exists(f"/proc/{orphan}")]))
 """
     )

@@ -20,7 +20,7 @@ from sglang.srt.runtime_context import get_memory
 from asyncep_sgl.config import AsyncEPConfig
 from asyncep_sgl.experts.client import StoreClient
 from asyncep_sgl.experts.messages import Done, Failed
-from asyncep_sgl.prefork import PreforkContext, reap_orphans, template_pid
+from asyncep_sgl.prefork import PreforkContext, reap_orphans, template_pids
 from asyncep_sgl.scheduling.probe import probe
 from asyncep_sgl.scheduling.process_state import ProcessState, process_state, stuck
 from asyncep_sgl.scheduling.vigil import Vigil
@@ -159,7 +159,7 @@ class RankLife(DataParallelController):  # type: ignore[misc] # upstream is unty
         self._looks.pop(rank, None)
         # What a rank started and did not end became this process's child.
         known = {process.pid for process in self.scheduler_procs}
-        reap_orphans(known | {template_pid() or 0})
+        reap_orphans(known | template_pids())
 
     def _start_again(self, rank: int) -> None:
         reason = self.suspects.deaths.verdict(rank)

@@ -268,8 +268,8 @@ def test_the_exporter_may_die_too(pair: Pair) -> None:
 
 
 def test_a_host_that_dies_and_comes_back(pair: Pair) -> None:
-    wanted = prompts(8, seed=7)
-    expected = one_by_one(pair.alone, wanted)
+    wanted, fresh = prompts(8, seed=7), prompts(8, seed=8)
+    expected, alone = one_by_one(pair.alone, wanted), one_by_one(pair.alone, fresh)
     load = Load(pair.one, wanted)
     load.wait_for(4)
     children = pair.other.processes()
@@ -297,8 +297,9 @@ def test_a_host_that_dies_and_comes_back(pair: Pair) -> None:
     ):
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    assert one_by_one(pair.one, wanted) == expected
-    assert one_by_one(back, wanted) == expected
+    # Prompts that nobody has sent: what the load left in the cache was computed in batches, whose sums may differ.
+    assert one_by_one(pair.one, fresh) == alone
+    assert one_by_one(back, fresh) == alone
 
 
 def test_ctrl_c_leaves_nothing(pair: Pair) -> None:
