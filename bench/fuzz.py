@@ -53,8 +53,10 @@ async def attack(both: Stand, args: argparse.Namespace) -> tuple[dict[str, Any],
             # Where the router has no schema of its own, the server's says what it takes.
             described = await send(url, Case("GET", "/openapi.json", None), both.key)
             schema = f"{url if described.status == 200 else both.urls[0]}/openapi.json"
-            examples = 10 if args.quick else 100
-            peers.append(await run_schemathesis(args.peer, schema, url, both.key, seed=args.seed, examples=examples))
+            examples, each = (5, 20.0) if args.quick else (30, 240.0)
+            peers += await run_schemathesis(
+                args.peer, schema, url, both.key, seed=args.seed, examples=examples, seconds=each
+            )
     await run.shrink(30 if args.quick else 900)
     score = run.score
     growth, whose = watch.largest_growth()
@@ -78,7 +80,7 @@ async def attack(both: Stand, args: argparse.Namespace) -> tuple[dict[str, Any],
     claims = [
         Claim("hostile requests sent", sent, args.wanted, "requests"),
         Claim("kinds of wrong answers found", len(score.findings), 0, "findings", False),
-        Claim("failures that schemathesis found", sum(peer["failures"] for peer in peers), 0, "failures", False),
+        *_claims_of_schemathesis(peers),
         Claim("processes that died", score.deaths, 0, "deaths", False),
         Claim("requests of well-behaved clients", sum(tally["right"] for tally in honest.values()), 20, "requests"),
         Claim("of them refused, wrong or lost", failed, 0, "requests", False),
@@ -86,6 +88,16 @@ async def attack(both: Stand, args: argparse.Namespace) -> tuple[dict[str, Any],
         Claim("largest growth of a process", growth / 2**20, _MOST_GROWTH / 2**20, "MiB", False),
     ]
     return raw, claims
+
+
+def _claims_of_schemathesis(peers: list[dict[str, Any]]) -> list[Claim]:
+    if not peers:
+        return []
+    failures = sum(peer["failures"] + peer["errors"] for peer in peers)
+    return [
+        Claim("failures that schemathesis found", failures, 0, "failures", False),
+        Claim("operations that each of its phases tried", min(peer["operations"] for peer in peers), 1, "operations"),
+    ]
 
 
 async def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[Claim]]:

@@ -80,7 +80,7 @@ def guard(app: FastAPI, options: FrontOptions, policy: Policy, *, context: int) 
         )
     app.title, schema = "asyncep serve", app.openapi
     app.openapi = lambda: _served(schema(), policy.decodes)  # type: ignore[method-assign] # FastAPI's way to extend it
-    limit_connections(options.max_connections, options.header_timeout_secs)
+    limit_connections(options.max_connections, options.header_timeout_secs, options.body_timeout_secs)
 
 
 def _served(schema: dict[str, Any], decodes: bool) -> dict[str, Any]:

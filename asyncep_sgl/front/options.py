@@ -34,7 +34,7 @@ class FrontOptions:
     )
     max_connections: int = _flag(4096, "N", "open connections; further ones are closed at once")
     header_timeout_secs: float = _flag(10.0, "S", "time a client has to send a request's headers", least=0.1)
-    body_timeout_secs: float = _flag(30.0, "S", "longest pause between two parts of a request's body", least=0.1)
+    body_timeout_secs: float = _flag(30.0, "S", "longest pause in sending a body, or in taking an answer", least=0.1)
     keep_alive_timeout_secs: int = _flag(75, "S", "time after which an unused connection is closed")
     cors_origins: tuple[str, ...] = field(
         default=(),

@@ -56,7 +56,8 @@ def verdict(case: Case, outcome: Outcome, secrets: Collection[str] = ()) -> str 
         return "the server's insides in an answer"
     if outcome.status >= 400 and not outcome.body.strip() and case.method != "HEAD":
         return f"{outcome.status} without a reason"
-    return _unreadable(outcome)
+    # The answer to a HEAD has the headers of a document, and none.
+    return _unreadable(outcome) if case.method != "HEAD" else None
 
 
 def _unreadable(outcome: Outcome) -> str | None:

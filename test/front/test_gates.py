@@ -54,6 +54,15 @@ async def _echo(_scope: Any, receive: Any, send: Any) -> None:
     await _answer(send, 200, {"bytes": len(message["body"])})
 
 
+LONG_ANSWER = 24_000_000
+
+
+async def _echo_or_long(scope: Any, receive: Any, send: Any) -> None:
+    if scope["path"] != "/long":
+        return await _echo(scope, receive, send)
+    await _answer(send, 200, "x" * (LONG_ANSWER - 2))
+
+
 async def _answer(send: Any, status: int, content: Any) -> None:
     body = orjson.dumps(content)
     headers = [(b"content-length", str(len(body)).encode())]
@@ -193,9 +202,10 @@ def test_keys_are_handed_on_unseen() -> None:
 
 @pytest.fixture
 def slow_server() -> Iterator[int]:
-    """A uvicorn server with at most three connections and half a second for headers; answers its port."""
+    """A uvicorn server with at most three connections, half a second for headers and a second in which something of an
+    answer is to be taken; answers its port."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(_echo, http=limited(3, 0.5), log_level="error", lifespan="off")  # type: ignore[arg-type]
+    config = uvicorn.Config(_echo_or_long, http=limited(3, 0.5, 1.0), log_level="error", lifespan="off")  # type: ignore[arg-type]
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -236,3 +246,46 @@ def test_half_open_connections_end_and_others_are_served(slow_server: int) -> No
         assert b" 408 " in _read_all(half)
         assert b" 408 " in _read_all(silent)
         assert honest.post("/", content=b"abc").json() == {"bytes": 3}
+
+
+def _ask_for_much(port: int) -> socket.socket:
+    line = socket.socket()
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    line.connect(("127.0.0.1", port))
+    line.sendall(b"POST /long HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")
+    return line
+
+
+def test_an_answer_that_nobody_takes_is_given_up(slow_server: int) -> None:
+    silent = [_ask_for_much(slow_server) for _ in range(2)]
+    with httpx.Client(base_url=f"http://127.0.0.1:{slow_server}") as honest:
+        assert honest.post("/", content=b"abc").json() == {"bytes": 3}
+    # All three places are free again, though nobody has hung up.
+    deadline = time.monotonic() + 20
+    while True:
+        lines = [socket.create_connection(("127.0.0.1", slow_server)) for _ in range(3)]
+        try:
+            for line in lines:
+                line.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+            if all(b" 200 " in _read_all(line) for line in lines):
+                break
+        except ConnectionError:
+            pass  # one too many: it was closed with its request unread
+        finally:
+            for line in lines:
+                line.close()
+        assert time.monotonic() < deadline
+    for line in silent:
+        line.close()
+
+
+def test_an_answer_that_is_taken_slowly_comes_whole(slow_server: int) -> None:
+    with _ask_for_much(slow_server) as line:
+        line.settimeout(20)
+        taken, began = 0, time.monotonic()
+        while taken < LONG_ANSWER:
+            part = line.recv(1 << 16)
+            assert part, f"cut off after {taken} bytes"
+            taken += len(part)
+            # In all some four times as long as a client may pause.
+            time.sleep(max(0.0, began + 4.0 * taken / LONG_ANSWER - time.monotonic()))

@@ -238,6 +238,10 @@ Reproduce with:
 Failures:
   ❌ ST101 Server error: 3
 
+API Operations:
+  Selected: 1/1
+  Tested: 1
+
 Test cases:
   343 generated, 1 found 1 unique failure
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import socket
 import subprocess
+import time
 import zlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -15,8 +18,8 @@ import pytest
 
 from asyncep_router.errors import ConfigError
 from asyncep_router.http.bounds import check_prompts
-from asyncep_router.http.connections import weight
-from asyncep_router.http.errors import BadRequest
+from asyncep_router.http.connections import in_time, weight
+from asyncep_router.http.errors import BadRequest, ClientGone
 from asyncep_router.http.flags import parse
 from router_http.harness import NullWorker, RouterProcess, prompts, wait_for
 
@@ -310,3 +313,62 @@ def test_load_beside_hostile_clients(bounded: RouterProcess) -> None:
     assert set(statuses) == {200}
     for connection in hostile:
         connection.close()
+
+
+# Answers
+
+
+class Slow:
+    """A client's side of a connection that has much to take: what is left of it at each look."""
+
+    def __init__(self, left: list[int]) -> None:
+        self._left = left
+        self.aborted = False
+
+    def get_write_buffer_size(self) -> int:
+        return self._left.pop(0) if len(self._left) > 1 else self._left[0]
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+@pytest.mark.parametrize("left", [[5], [9, 7, 5, 5], [0]])
+def test_an_answer_of_which_nothing_is_taken_is_given_up(left: list[int]) -> None:
+    async def run() -> None:
+        transport = Slow(left)
+        began = time.monotonic()
+        with pytest.raises(ClientGone):
+            await in_time(SimpleNamespace(transport=transport), asyncio.sleep(60), 0.1)  # type: ignore[arg-type]
+        assert transport.aborted
+        assert time.monotonic() - began >= 0.1
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_is_taken_slowly_is_not_given_up() -> None:
+    async def run() -> None:
+        transport = Slow(list(range(100, 0, -1)))
+        await in_time(SimpleNamespace(transport=transport), asyncio.sleep(0.6), 0.1)  # type: ignore[arg-type]
+        assert not transport.aborted
+
+    asyncio.run(run())
+
+
+def test_a_step_that_is_no_longer_wanted_ends() -> None:
+    async def run() -> None:
+        ended = asyncio.Event()
+
+        async def step() -> None:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                ended.set()
+
+        task = asyncio.create_task(in_time(SimpleNamespace(transport=Slow([5, 4, 3, 2])), step(), 60))  # type: ignore[arg-type]
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.wait_for(ended.wait(), 5)
+
+    asyncio.run(run())

@@ -32,7 +32,7 @@ from asyncep_router.http.errors import (
     WrongMethod,
 )
 from asyncep_router.http.generate import plan_generate
-from asyncep_router.http.plans import Plan, parse, plan_completion, plan_opaque
+from asyncep_router.http.plans import Forward, Plan, bytes_prompt, parse, plan_completion, plan_opaque
 from asyncep_router.http.rates import Rates
 from asyncep_router.http.relay import Context
 from asyncep_router.http.request_ids import request_id
@@ -188,7 +188,7 @@ class App:
             try:
                 async with router.gate.enter() as verdict:
                     router.metrics.rate_limit.labels("queued" if verdict is Verdict.QUEUED else "allowed").inc()
-                    plan = await self._plans[path](raw, fields)
+                    plan = await self._plan(path, raw, fields, ident)
                     del fields
                     context = Context(ident, _forwarded(request, ident), caller.name or request.remote or "")
                     if plan.stream:
@@ -199,6 +199,16 @@ class App:
                     router.metrics.rate_limit.labels("rejected").inc()
                 raise
             return web.Response(status=reply.status, body=reply.body, headers={**headers, **reply.headers})
+
+    async def _plan(self, path: str, raw: bytes, fields: Fields, ident: str) -> Plan:
+        try:
+            return await self._plans[path](raw, fields)
+        except Refusal:
+            raise
+        # A body that the router fails to understand is a worker's to judge: it goes there as it came.
+        except Exception:
+            logger.exception("request %s to %s goes to a worker as it is: it could not be planned", ident, path)
+            return Forward(path, raw, bytes_prompt(raw), {}, pinnable=False)
 
     def _check_priority(self, request: web.BaseRequest, fields: Fields) -> None:
         priority = fields.get("priority")

@@ -212,10 +212,18 @@ class Bodies:
 
 async def in_time(request: web.BaseRequest, step: Awaitable[Any], seconds: float) -> None:
     """Await a step of sending an answer. Raises `ClientGone` if the client takes nothing for so long, or left."""
+    sending = asyncio.ensure_future(step)
+    left = None
     try:
-        async with asyncio.timeout(seconds):
-            await step
+        while not (await asyncio.wait([sending], timeout=seconds / 2))[0]:
+            now = request.transport.get_write_buffer_size() if request.transport is not None else 0
+            if now == left:
+                raise TimeoutError
+            left = now
+        sending.result()
     except (ConnectionError, TimeoutError) as error:
         if request.transport is not None:
             request.transport.abort()
         raise ClientGone(f"the client does not take its answer: {type(error).__name__}") from error
+    finally:
+        sending.cancel()

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 
     from asyncep_router.http.tokenizer import Tokenizer
 
-# Fields of a batch that hold for all prompts, whatever their value.
+# Fields of a batch with one value for all prompts.
 _SHARED = frozenset({"stream", "return_text_in_logprobs", "log_metrics", "priority"})
 # Fields that are one value for all prompts, or a list with one for each.
 _EACH = frozenset(
-    {"sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "lora_path", "extra_key"}
+    {"rid", "sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "lora_path", "extra_key"}
 )
+# Ids for all prompts, or a list with ids for each.
+_IDS = "token_ids_logprob"
 _PROMPTS = frozenset({"input_ids", "text"})
 # With any of these a worker does more to a prompt than tokenize it.
 _BEYOND_TEXT = ("input_embeds", "image_data", "video_data", "audio_data", "session_params")
@@ -83,21 +85,20 @@ def splittable(fields: dict[str, Any], count: int) -> bool:
     for entry in sampling if isinstance(sampling, list) else [sampling]:
         if entry is not None and (not isinstance(entry, dict) or entry.get("n", 1) != 1):
             return False
-    for key, value in fields.items():
-        if value is None or key in _SHARED or key in _PROMPTS:
-            continue
-        if key == "rid":
-            fits = isinstance(value, str) or (isinstance(value, list) and len(value) == count)
-        elif key == "token_ids_logprob":
-            nested = isinstance(value, list) and any(isinstance(entry, list) for entry in value)
-            fits = not nested or len(value) == count
-        elif key in _EACH:
-            fits = not isinstance(value, list) or len(value) == count
-        else:
-            fits = False
-        if not fits:
-            return False
-    return True
+    return all(
+        value is None
+        or key in _PROMPTS
+        or (key in _SHARED and not isinstance(value, list | dict))
+        or (key in (*_EACH, _IDS) and (not _is_each(key, value) or len(value) == count))
+        for key, value in fields.items()
+    )
+
+
+def _is_each(key: str, value: Any) -> bool:
+    """Whether a field has a value for each prompt."""
+    if key == _IDS:
+        return isinstance(value, list) and any(isinstance(entry, list) for entry in value)
+    return key in _EACH and isinstance(value, list)
 
 
 class GenerateBatch:
@@ -120,9 +121,7 @@ class GenerateBatch:
             if key == "rid" and isinstance(value, str):
                 # SGLang numbers them like this itself; cut up, the numbers must still be the batch's.
                 self._each[key] = [f"{value}_{index}" for index in range(len(prompts))]
-            elif isinstance(value, list) and (
-                key in _EACH or key == "rid" or any(isinstance(entry, list) for entry in value)
-            ):
+            elif _is_each(key, value):
                 self._each[key] = value
             else:
                 self._shared[key] = value
