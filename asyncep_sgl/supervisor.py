@@ -146,8 +146,8 @@ class Supervisor:
             return None
         # What a process said before it ended explains more than how it went.
         self.store.serve_pending()
-        if self.store.registry.failures:
-            return self.store.registry.failures[0]
+        if (failure := self.store.registry.failure) is not None:
+            return failure
         if name == "exporter" and self._restart_exporter(how):
             return None
         return f"{name} (process {pid}) {how}"

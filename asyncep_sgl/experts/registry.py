@@ -77,7 +77,8 @@ class StoreRegistry(Generic[Client]):
         pids: process of each role that said hello: ``front``, ``controller``, ``rank 0`` …
         hellos: role and process of each hello since they were taken last.
         url: where the front answers, once it does.
-        failures: why ranks said they ended, in order.
+        failures: why ranks said they ended, the first one first; of one that has come back none. The router's verdict
+            on them all stands under -1.
     """
 
     ranks: int
@@ -87,7 +88,7 @@ class StoreRegistry(Generic[Client]):
     pids: dict[str, int] = field(default_factory=dict)
     hellos: list[tuple[str, int]] = field(default_factory=list)
     url: str | None = None
-    failures: list[str] = field(default_factory=list)
+    failures: dict[int, str] = field(default_factory=dict)
     _segments: dict[tuple[int, str], _Held] = field(default_factory=dict)
     _placed: dict[tuple[int, int, str], Placed] = field(default_factory=dict)
     _loaded: dict[int, Loaded] = field(default_factory=dict)
@@ -110,7 +111,7 @@ class StoreRegistry(Generic[Client]):
             case Loaded():
                 return self._load(client, request)
             case Failed(rank, reason):
-                self.failures.append(reason if rank < 0 else f"rank {rank}: {reason}")
+                self.failures[rank] = reason if rank < 0 else f"rank {rank}: {reason}"
                 return [(client, Done())]
             case Serving(url):
                 self.url = url
@@ -238,7 +239,13 @@ class StoreRegistry(Generic[Client]):
             )
         )
 
+    @property
+    def failure(self) -> str | None:
+        """Why the server cannot go on, as far as a process has said so."""
+        return self.failures.get(-1) or next(iter(self.failures.values()), None)
+
     def _load(self, client: Client, loaded: Loaded) -> list[tuple[Client, Reply]]:
+        self.failures.pop(loaded.rank, None)
         if loaded.rank in self._loaded:
             # It came back and found its shard in place; the first figures stay the true ones.
             self._restarts[loaded.rank] += 1

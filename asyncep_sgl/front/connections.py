@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 from uvicorn import config as uvicorn_config
@@ -12,10 +13,6 @@ _FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: clos
 _SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
-# Looks at an answer that a client does not take before it is given up, the first one not counted.
-_LOOKS = 2
-
-
 def limited(most: int, header_seconds: float, answer_seconds: float) -> type[asyncio.Protocol]:
     """uvicorn's HTTP protocol with three bounds that it has not.
 
@@ -23,21 +20,19 @@ def limited(most: int, header_seconds: float, answer_seconds: float) -> type[asy
         most: connections at a time. A further one is answered 503 and closed.
         header_seconds: from the first byte of a connection, or of a request on it, until its headers are whole. Then it
             is answered 408 and closed.
-        answer_seconds: in which a client may take nothing of an answer; after up to half as long again it is cut off.
+        answer_seconds: in which a client takes nothing of an answer; then it is cut off.
     """
     base: Any = AutoHTTPProtocol
-    # One timer for all connections: an answer that is taken at once costs nothing.
-    timer: list[asyncio.TimerHandle] = []
 
     class LimitedProtocol(base):  # type: ignore[misc] # uvicorn chooses the class when it is imported
         _due: asyncio.TimerHandle | None = None
-        # Bytes that wait for the client, and how often in a row they were found to be as many.
-        _waiting, _unmoved = 0, 0
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            if not timer:
-                timer.append(self.loop.call_later(answer_seconds / _LOOKS, self._look_at_all))
+            # What was written is waited for when a connection closes, too: only the kernel sees that nobody reads.
+            connection = transport.get_extra_info("socket")
+            if connection is not None and connection.family in (socket.AF_INET, socket.AF_INET6):
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(answer_seconds * 1000))
             if len(self.connections) > most:
                 self._close(_FULL)
                 return
@@ -55,19 +50,6 @@ def limited(most: int, header_seconds: float, answer_seconds: float) -> type[asy
         def connection_lost(self, exc: Exception | None) -> None:
             self._cancel()
             super().connection_lost(exc)
-
-        def _look_at_all(self) -> None:
-            timer.clear()
-            for each in list(self.connections):
-                each._look()
-            if self.connections:
-                timer.append(self.loop.call_later(answer_seconds / _LOOKS, self._look_at_all))
-
-        def _look(self) -> None:
-            before, self._waiting = self._waiting, self.transport.get_write_buffer_size()
-            self._unmoved = self._unmoved + 1 if self._waiting == before > 0 else 0
-            if self._unmoved == _LOOKS:
-                self.transport.abort()
 
         def _cancel(self) -> None:
             if self._due is not None:

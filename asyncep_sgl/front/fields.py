@@ -53,6 +53,7 @@ class Bounds:
         max_prompts: prompts of one request, samples counted.
         max_prompt_chars: characters of one prompt, or token ids: more than its context holds in any case.
         max_samples: samples of one prompt.
+        max_values: log-probabilities in one answer.
         decodes: whether requests that decode are served.
     """
 
@@ -60,6 +61,7 @@ class Bounds:
     max_prompts: int
     max_prompt_chars: int
     max_samples: int
+    max_values: int
     decodes: bool = False
 
 
@@ -253,7 +255,21 @@ def check_request(request: Any, bounds: Bounds) -> int:
             f"text: {total} prompts in one request (samples counted), {bounds.max_prompts} are taken "
             "(--asyncep-max-prompts); send several requests"
         )
+    _check_values(getattr(request, "token_ids_logprob", None), prompts or 1, samples, bounds)
     return total
+
+
+def _check_values(ids: list[Any] | None, prompts: int, samples: int, bounds: Bounds) -> None:
+    """SGLang copies the ids for each prompt and sample, before anybody counts what the answer will have."""
+    if not ids:
+        return
+    each = isinstance(ids[0], list)
+    values = samples * (sum(len(entry) for entry in ids if isinstance(entry, list)) if each else prompts * len(ids))
+    if values > bounds.max_values:
+        raise ValueError(
+            f"token_ids_logprob: {values} log-probabilities for {prompts} prompts of {samples} samples, "
+            f"{bounds.max_values} are taken (--asyncep-max-logprobs); ask for fewer ids, or send several requests"
+        )
 
 
 def _default(request: Any, name: str) -> Any:
@@ -344,13 +360,28 @@ def _check_ids(value: Any, prompts: int | None, bounds: Bounds) -> None:
         raise ValueError(f"token_ids_logprob: {shown(value)}: a list of token ids is needed")
     ids = list_of(whole(0, bounds.vocabulary - 1), bounds.vocabulary)
     if not any(entry is None or isinstance(entry, list) for entry in value):
-        _refuse("token_ids_logprob", value, ids)
+        if not _are_ids(value, bounds):
+            _refuse("token_ids_logprob", value, ids)
         return
     _check_length("token_ids_logprob", value, prompts)
     if not isinstance(value[0], list):
         raise ValueError("token_ids_logprob[0]: a list of token ids is needed, as for the other prompts")
+    before: Any = None
     for place, entry in enumerate(value):
-        _refuse(f"token_ids_logprob[{place}]", entry, ids)
+        # The same list again and again is what SGLang makes of labels that hold for all texts.
+        if entry is not before and not (isinstance(entry, list) and _are_ids(entry, bounds)):
+            _refuse(f"token_ids_logprob[{place}]", entry, ids)
+        before = entry
+
+
+def _are_ids(value: list[Any], bounds: Bounds) -> bool:
+    """Whether all are token ids and not too many, without a step in Python for each."""
+    return (
+        0 < len(value) <= bounds.vocabulary
+        and set(map(type, value)) == {int}
+        and min(value) >= 0
+        and max(value) < bounds.vocabulary
+    )
 
 
 def _check_sampling(value: Any, prompts: int | None, bounds: Bounds) -> int:

@@ -19,9 +19,11 @@ from asyncep_sgl.front.bodies import BodyGate, Held
 from asyncep_sgl.front.caller import caller
 from asyncep_sgl.front.connections import limit_connections
 from asyncep_sgl.front.endpoints import DECODING, INFERENCE, shown_in_schema
+from asyncep_sgl.front.invalid import answer_invalid
 from asyncep_sgl.front.mistakes import MistakesGate
 from asyncep_sgl.front.options import FrontOptions
 from asyncep_sgl.front.secrets import SecretsGate
+from asyncep_sgl.front.shapes import ShapeGate
 
 # Bytes of JSON a character may take, and what a conversation has around its texts.
 _JSON_BYTES, _AROUND = 4, 1 << 16
@@ -38,8 +40,6 @@ _ONE_PROMPT = frozenset(
         "/v1/detokenize",
         "/api/chat",
         "/api/generate",
-        "/parse_function_call",
-        "/separate_reasoning",
     }
 )
 
@@ -63,6 +63,7 @@ def guard(app: FastAPI, options: FrontOptions, policy: Policy, *, context: int) 
     one_prompt = min(options.max_body_bytes, _JSON_BYTES * options.prompt_chars(context) + _AROUND)
     app.add_middleware(SecretsGate)
     app.add_middleware(MistakesGate, paths=frozenset((*INFERENCE, *DECODING)))
+    app.add_middleware(ShapeGate, paths=frozenset((*INFERENCE, *DECODING)), most_values=options.max_logprobs)
     app.add_middleware(
         BodyGate,
         most=options.max_body_bytes,
@@ -78,6 +79,7 @@ def guard(app: FastAPI, options: FrontOptions, policy: Policy, *, context: int) 
             allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["authorization", "content-type"],
         )
+    answer_invalid(app)
     app.title, schema = "asyncep serve", app.openapi
     app.openapi = lambda: _served(schema(), policy.decodes)  # type: ignore[method-assign] # FastAPI's way to extend it
     limit_connections(options.max_connections, options.header_timeout_secs, options.body_timeout_secs)

@@ -21,9 +21,11 @@ from asyncep_sgl.front.passage import Passage, passage
 logger = logging.getLogger("asyncep")
 
 # What FastAPI adds to a validation error, and a path of at least three parts anywhere.
-_SOURCE = re.compile(r'\s*File "[^"]*", line \d+, in [^\n]*(\n[^\n]*)?')
+_SOURCE = re.compile(r'File "[^"]*", line \d+, in [^\n]*(\n[^\n]*)?')
 _PATH = re.compile(r"(?:/[\w.+@-]+){3,}")
 _LONGEST = 2000
+# What is read of an error at most: patterns cost more than its length.
+_READ = 4 * _LONGEST
 # SGLang reports a failure of its own preparing code so.
 _PREFIXES = ("Internal server error: ", "Internal server error during tokenization: ")
 
@@ -101,7 +103,7 @@ class _Reply:
 
 def without_sources(text: str) -> str:
     """A message without source files and paths of this machine, and not longer than somebody reads."""
-    text = _PATH.sub("…", _SOURCE.sub("", text))
+    text = _PATH.sub("…", _SOURCE.sub("", text[:_READ])).strip()
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 

@@ -16,6 +16,7 @@ from asyncep_sgl.front.asgi import Refusal
 from asyncep_sgl.front.caller import caller
 from asyncep_sgl.front.fields import Bounds, answer_values, check_request
 from asyncep_sgl.front.passage import passage
+from asyncep_sgl.front.tokenizing import answer
 from asyncep_sgl.seam import Seam
 
 # What SGLang makes where a client gives no id.
@@ -34,6 +35,7 @@ def _bounds(vocabulary: int, context: int, config: AsyncEPConfig) -> Bounds:
         max_prompts=config.front.max_prompts,
         max_prompt_chars=config.front.prompt_chars(context),
         max_samples=config.front.max_samples,
+        max_values=config.front.max_logprobs,
         decodes=config.decode == "allow",
     )
 
@@ -150,6 +152,7 @@ def _before_handle_request(serving: Any, request: Any, _raw: Any) -> None:
 
 
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+_OPENAI = "sglang.srt.entrypoints.openai"
 
 FRONT_SEAMS: tuple[Seam, ...] = (
     Seam(f"{_TOKENIZER}._init_req_state", _note_owner, HookType.AFTER, ("self", "obj", "request")),
@@ -162,8 +165,23 @@ FRONT_SEAMS: tuple[Seam, ...] = (
         HookType.BEFORE,
         ("self", "out", "state", "is_stream"),
     ),
+    *(
+        Seam(
+            f"{_OPENAI}.serving_tokenize.{name}._handle_non_streaming_request",
+            answer,
+            HookType.AROUND,
+            ("self", "adapted_request", "request", "raw_request"),
+        )
+        for name in ("OpenAIServingTokenize", "OpenAIServingDetokenize")
+    ),
     Seam(
-        "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase.handle_request",
+        "sglang.srt.entrypoints.anthropic.serving.AnthropicServing.handle_count_tokens",
+        answer,
+        HookType.AROUND,
+        ("self", "request", "raw_request"),
+    ),
+    Seam(
+        f"{_OPENAI}.serving_base.OpenAIServingBase.handle_request",
         _before_handle_request,
         HookType.BEFORE,
         ("self", "request", "raw_request"),

@@ -9,35 +9,39 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 # Some five milliseconds on a slow core.
 SHORT_CHARACTERS = 10_000
 SLICE_CHARACTERS = 200_000
 
-Tokenize = Callable[..., Coroutine[Any, Any, tuple[Any, Any]]]
-"""``TokenizerManager._tokenize_texts``."""
+Step = Callable[..., Coroutine[Any, Any, Any]]
+"""A coroutine function of SGLang's that never waits for anything."""
+# Where SGLang's endpoints for conversations keep the one that makes prompts of them.
+_CHATS = ("chat_serving", "openai_serving_chat")
 
 _thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 _twins: dict[int, Any] = {}
 
 
-async def tokenize(original: Tokenize, manager: Any, texts: Any, is_cross_encoder: bool = False) -> tuple[Any, Any]:
-    """As `original`, which never waits for anything, in the thread if the texts are long."""
+async def tokenize(original: Step, manager: Any, texts: Any, is_cross_encoder: bool = False) -> tuple[Any, Any]:
+    """As `original`, ``TokenizerManager._tokenize_texts``, in the thread if the texts are long."""
     if (
         manager.async_dynamic_batch_tokenizer is not None
         or not getattr(manager.tokenizer, "is_fast", False)
         or characters(texts) <= SHORT_CHARACTERS
     ):
-        return await original(manager, texts, is_cross_encoder)
+        return cast(tuple[Any, Any], await original(manager, texts, is_cross_encoder))
+    own = functools.partial(_twin, manager)
     run = asyncio.get_running_loop().run_in_executor
     if isinstance(texts, str) or is_cross_encoder:
-        return await run(_thread, _finished, original, manager, texts, is_cross_encoder)
+        return cast(tuple[Any, Any], await run(_thread, _finished, original, own, texts, is_cross_encoder))
     found: list[Any] = []
     for part in slices(texts):
-        ids, _ = await run(_thread, _finished, original, manager, part, is_cross_encoder)
+        ids, _ = await run(_thread, _finished, original, own, part, is_cross_encoder)
         found += ids
     return found, None
 
@@ -63,19 +67,54 @@ def slices(texts: Sequence[str]) -> Iterator[list[str]]:
         yield some
 
 
-def _finished(original: Tokenize, manager: Any, texts: Any, is_cross_encoder: bool) -> tuple[Any, Any]:
-    """Runs in the thread: the coroutine's result, on a twin of the manager that has a tokenizer of its own."""
+async def answer(original: Step, serving: Any, *requests: Any) -> Any:
+    """As `original`, an endpoint that tokenizes or detokenizes, in the thread if the request is long.
+
+    Args:
+        serving: SGLang's object of the endpoint.
+        requests: what `original` takes, the HTTP request last.
+    """
+    chat = next((each for name in _CHATS if (each := getattr(serving, name, None)) is not None), serving)
+    length = requests[-1].headers.get("content-length", "")
+    if not getattr(chat.tokenizer_manager.tokenizer, "is_fast", False) or (
+        length.isdecimal() and int(length[:20]) <= SHORT_CHARACTERS
+    ):
+        return await original(serving, *requests)
+    own = functools.partial(_serving_twin, serving, chat.tokenizer_manager)
+    return await asyncio.get_running_loop().run_in_executor(_thread, _finished, original, own, *requests)
+
+
+def _serving_twin(serving: Any, manager: Any) -> Any:
+    return _with_manager(serving, _twin(manager))
+
+
+def _with_manager(serving: Any, manager: Any) -> Any:
+    twin = copy.copy(serving)
+    if hasattr(twin, "tokenizer_manager"):
+        twin.tokenizer_manager = manager
+    for name in _CHATS:
+        if getattr(twin, name, None) is not None:
+            setattr(twin, name, _with_manager(getattr(twin, name), manager))
+    return twin
+
+
+def _twin(manager: Any) -> Any:
+    """A manager like this one with a tokenizer that only the thread uses."""
     twin = _twins.get(id(manager.tokenizer))
     if twin is None:
         twin = copy.copy(manager)
         twin.tokenizer = copy.deepcopy(manager.tokenizer)
         _twins.clear()
         _twins[id(manager.tokenizer)] = twin
-    step = original(twin, texts, is_cross_encoder)
+    return twin
+
+
+def _finished(original: Step, own: Callable[[], Any], *arguments: Any) -> Any:
+    """Runs in the thread: the coroutine's result, on what the thread has of its own."""
+    step = original(own(), *arguments)
     try:
         step.send(None)
     except StopIteration as end:
-        result: tuple[Any, Any] = end.value
-        return result
+        return end.value
     step.close()
     raise RuntimeError("SGLang's tokenizing waits for something; it cannot run in a thread")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from asyncep import Runtime
 from asyncep.batching import generate
 from asyncep.batching.address import server_url
-from asyncep.batching.errors import OptionError, RejectedError, ServerError
+from asyncep.batching.errors import NOT_THE_PROMPTS, OptionError, RejectedError, ServerError
 from asyncep.batching.generate import Behind, GenerateClient
+from asyncep.batching.lanes import Lanes
+from asyncep.batching.plan import Batch, Plan
 from asyncep.batching.probes import Probe
 from asyncep.batching.server_facts import ServerFacts, ask_server
 from asyncep.batching.tokens import ServerTokens, Untokenized
@@ -427,3 +429,29 @@ def test_a_rate_that_is_used_up_is_waited_for() -> None:
     [reading] = served({"/generate": limited}, lambda client: client.answer([PROBE]))
     assert reading.next == [-1.0]
     assert len(asked) == 9
+
+
+@pytest.mark.parametrize("status", NOT_THE_PROMPTS)
+def test_a_server_that_no_longer_lets_the_client_in_is_no_fault_of_the_prompts(status: int) -> None:
+    """A key that is taken away in the middle of a job ends it, where its rows so far can be resumed."""
+    asked: list[int] = []
+    told: list[Sequence[Any]] = []
+
+    async def ask(prompts: Sequence[Any], _: int | None) -> list[str]:
+        asked.append(len(prompts))
+        if len(asked) > 2:
+            rejected = RejectedError(f"answered {status}")
+            rejected.status = status
+            raise rejected
+        return ["answer"] * len(prompts)
+
+    async def run() -> None:
+        batches = tuple(Batch((row, row + 1), 1.0, None) for row in range(0, 20, 2))
+        plan = Plan(lanes=(batches,), same_as=(), possible_cached=0)
+        async with Lanes(1, addressable=False, in_flight=1) as lanes:
+            await lanes.run(plan, [[1]] * 20, ask, lambda rows, answers: told.append(answers))  # type: ignore[arg-type]
+
+    with pytest.raises(RejectedError, match=str(status)):
+        asyncio.run(run())
+    assert asked == [2, 2, 2]
+    assert told == [["answer"] * 2] * 2

@@ -22,7 +22,18 @@ from asyncep_sgl.errors import StoreError
 from asyncep_sgl.experts.checkpoint import OwnedWeights
 from asyncep_sgl.experts.client import StoreClient
 from asyncep_sgl.experts.manager import ExpertManager
-from asyncep_sgl.experts.messages import Allocate, Hello, Segment, Status, StatusRequest, TensorSpec, Welcome
+from asyncep_sgl.experts.messages import (
+    Allocate,
+    Failed,
+    Hello,
+    Loaded,
+    Segment,
+    Status,
+    StatusRequest,
+    TensorSpec,
+    Welcome,
+)
+from asyncep_sgl.experts.registry import StoreRegistry
 from asyncep_sgl.experts.segment import OwnedSegment, map_segment
 from asyncep_sgl.experts.server import StoreServer
 from asyncep_sgl.experts.view import ViewClient
@@ -222,3 +233,15 @@ def test_only_the_pages_of_held_experts_are_made() -> None:
     memory = map_segment(segment.path, segment.nbytes, writable=False)
     assert memory[10 * page] == 0
     segment.close()
+
+
+def test_why_a_rank_ended_is_forgotten_once_it_is_back() -> None:
+    registry = StoreRegistry[str](2, lambda *_: None, lambda: 0)  # type: ignore[arg-type,return-value]
+    assert registry.failure is None
+    registry.handle("one", Failed(1, "no memory"))
+    registry.handle("zero", Failed(0, "no memory either"))
+    assert registry.failure == "rank 1: no memory"
+    registry.handle("one", Loaded(1, 0, 0, 0, 0))
+    assert registry.failure == "rank 0: no memory either"
+    registry.handle("router", Failed(-1, "rank 0 died ten times"))
+    assert registry.failure == "rank 0 died ten times"

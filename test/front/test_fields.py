@@ -25,7 +25,7 @@ from asyncep_sgl.front.fields import (
 )
 from asyncep_sgl.front.rules import Refused
 
-BOUNDS = Bounds(vocabulary=512, max_prompts=8, max_prompt_chars=100, max_samples=4)
+BOUNDS = Bounds(vocabulary=512, max_prompts=8, max_prompt_chars=100, max_samples=4, max_values=1000)
 INT32 = 2**31 - 1
 
 # What no field means: each is refused, or is the field's default.
@@ -231,3 +231,23 @@ def test_the_size_of_an_answer(tokens: int, start: int, top: int, ids: list[int]
     assert values >= positions * (1 + top + len(ids))
     request.return_logprob = False
     assert answer_values(request, tokens) == 0
+
+
+@given(st.integers(1, 8), st.integers(1, 4), st.integers(1, 500), st.booleans())
+def test_ids_are_counted_for_each_prompt_and_sample_before_they_are_copied(
+    prompts: int, samples: int, ids: int, nested: bool
+) -> None:
+    one = list(range(ids))
+    request = _request(
+        GenerateReqInput,
+        text=["a"] * prompts,
+        return_logprob=True,
+        token_ids_logprob=[one] * prompts if nested else one,
+        sampling_params={"max_new_tokens": 0, "n": samples},
+    )
+    if prompts * samples > BOUNDS.max_prompts:
+        assert "--asyncep-max-prompts" in (_refusal(request) or "")
+    elif prompts * samples * ids > BOUNDS.max_values:
+        assert "--asyncep-max-logprobs" in (_refusal(request) or "")
+    else:
+        assert _refusal(request) is None

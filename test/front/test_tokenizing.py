@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sglang.srt.entrypoints.openai.protocol import TokenizeRequest
+from sglang.srt.entrypoints.openai.serving_tokenize import OpenAIServingTokenize
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from tiny_models import tokenizer
 
@@ -24,7 +26,7 @@ class Manager(TokenizerManager):  # type: ignore[misc] # upstream is untyped
     def __init__(self) -> None:
         self.tokenizer = tokenizer()
         self.async_dynamic_batch_tokenizer = None
-        self.model_config = SimpleNamespace(is_embedding_gemma=False)
+        self.model_config = SimpleNamespace(is_embedding_gemma=False, context_len=4096)
         self.threads: set[str] = set()
 
 
@@ -92,3 +94,39 @@ def test_slices_hold_all_texts_in_order_and_none_too_many(lengths: list[int]) ->
     assert [text for part in found for text in part] == texts
     assert all(part for part in found)
     assert all(len(part) == 1 or sum(map(len, part)) <= tokenizing.SLICE_CHARACTERS for part in found)
+
+
+def _asked(length: int) -> Any:
+    return SimpleNamespace(headers={"content-length": str(length)})
+
+
+@pytest.mark.parametrize("much", [1, 5000])
+def test_endpoints_that_tokenize_answer_as_ever_and_long_requests_are_not_done_on_the_loop(
+    manager: Manager, much: int
+) -> None:
+    async def endpoint(serving: OpenAIServingTokenize, *requests: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return await OpenAIServingTokenize._handle_non_streaming_request(serving, *requests)
+
+    serving = OpenAIServingTokenize.__new__(OpenAIServingTokenize)
+    serving.tokenizer_manager, serving.chat_serving = manager, None
+    threads: set[str] = set()
+    for prompt in (TEXT * much, [TEXT * much, TEXT]):
+        request = TokenizeRequest(prompt=prompt)
+        expected = asyncio.run(endpoint(serving, request, request, None))
+        threads.clear()
+        found = asyncio.run(tokenizing.answer(endpoint, serving, request, request, _asked(len(TEXT) * much)))
+        assert found == expected
+        assert found.count
+        assert (threading.current_thread().name in threads) == (much == 1)
+
+
+def test_a_chat_s_twin_has_the_thread_s_tokenizer_everywhere(manager: Manager) -> None:
+    async def endpoint(serving: Any, _: Any) -> Any:
+        return serving.openai_serving_chat.tokenizer_manager.tokenizer
+
+    serving = SimpleNamespace(openai_serving_chat=SimpleNamespace(tokenizer_manager=manager))
+    found = asyncio.run(tokenizing.answer(endpoint, serving, _asked(1_000_000)))
+    assert found is not manager.tokenizer
+    assert serving.openai_serving_chat.tokenizer_manager is manager
+    assert asyncio.run(tokenizing.answer(endpoint, serving, _asked(10))) is manager.tokenizer

@@ -11,6 +11,10 @@ class OptionError(ValueError):
     """An argument that cannot be used; the message names it."""
 
 
+# Answers that no prompt is the reason of: no key, or no such endpoint.
+NOT_THE_PROMPTS = (401, 403, 404, 405)
+
+
 class RejectedError(ValueError):
     """The server refuses the request itself (4xx); sending it again would not help.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Generic, TypeVar
 
-from asyncep.batching.errors import RejectedError
+from asyncep.batching.errors import NOT_THE_PROMPTS, RejectedError
 from asyncep.batching.plan import Batch, Plan
 
 T = TypeVar("T")
@@ -74,6 +74,7 @@ class Lanes:
 
         Raises:
             ServerError: the server failed; the rest of the plan is dropped.
+            RejectedError: it takes nothing from this client, whatever is asked; the same.
         """
         batches = sum(map(len, plan.lanes))
         if not batches:
@@ -133,6 +134,8 @@ class Lanes:
         try:
             return list(await run.ask([run.prompts[row] for row in rows], rank))
         except RejectedError as rejected:
+            if rejected.status in NOT_THE_PROMPTS:
+                raise
             if len(rows) == 1:
                 return [str(rejected)]
             # One row spoils a batch: halve until it stands alone with its reason and the others have their answers.

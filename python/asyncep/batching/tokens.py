@@ -9,15 +9,13 @@ from typing import Protocol
 
 from tokenizers import Tokenizer
 
-from asyncep.batching.errors import OptionError, RejectedError
+from asyncep.batching.errors import NOT_THE_PROMPTS, OptionError, RejectedError
 from asyncep.batching.generate import ServerApi
 
 # Between them: bytes outside ASCII, runs of spaces, line breaks, digits, and an empty text, which shows what is added.
 _TRIALS = ("A first line.\n\n  Second: 12345 naïve 日本語 🙂\tend", " label", "x\n", "")
 # Texts and bytes of one request, and requests at once.
 _TOKENIZE_TEXTS, _TOKENIZE_BYTES, _TOKENIZE_AT_ONCE = 256, 1 << 15, 4
-# No fault of a text: no key, no such endpoint.
-_NOT_THE_TEXTS = (401, 403, 404, 405)
 _CHAT_TEXT = "asyncep-text-stands-here"
 
 
@@ -77,7 +75,7 @@ class ServerTokens:
         try:
             answer = await self._client.post("/tokenize", {"prompt": list(texts), "add_special_tokens": special})
         except RejectedError as rejected:
-            if rejected.status in _NOT_THE_TEXTS:
+            if rejected.status in NOT_THE_PROMPTS:
                 raise
             if len(texts) == 1:
                 return [Untokenized(str(rejected))]

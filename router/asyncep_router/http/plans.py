@@ -25,6 +25,7 @@ _CACHED = re.compile(rb'"cached_tokens":\s*(\d+)')
 
 # Prompts of these count as another kind of text than token ids: bytes, four to a pseudo token.
 _BYTES_NAMESPACE = "bytes"
+_MOST_BYTES = 1 << 20
 
 
 class Prompt(NamedTuple):
@@ -72,7 +73,11 @@ def cached_tokens(reply: bytes) -> int | None:
 
 
 def bytes_prompt(data: bytes) -> Prompt:
-    """Stands for a prompt whose tokens are unknown: equal beginnings stay equal, length comes out about right."""
+    """Stands for a prompt whose tokens are unknown: equal beginnings stay equal, length comes out about right.
+
+    Of very long ones the beginning counts: no context holds more, and the rest would push others out of the view.
+    """
+    data = data[:_MOST_BYTES]
     words = array("I")
     words.frombytes(data + bytes(-len(data) % words.itemsize))
     return Prompt(array("q", words), exact=False)

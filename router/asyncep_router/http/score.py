@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     from asyncep_router.http.tokenizer import Tokenizer
 
-# What takes more characters or ids than this is left to a worker as it is.
+# What takes more characters or ids than this is left to a worker as it is, and so are more labels of all items.
 _MOST = 1 << 24
+_MOST_LABELS = 1 << 20
 
 _KNOWN = frozenset(
     {
@@ -40,7 +41,7 @@ _KNOWN = frozenset(
 
 async def plan_score(raw: bytes, fields: dict[str, Any], tokenizer: Tokenizer | None, *, plain: bool) -> Plan:
     """The plan for a body, parsed into `fields`. `plain`: the workers score item by item with a generating model."""
-    simple = plain and _ordinary(fields) and _size(fields) <= _MOST
+    simple = plain and _ordinary(fields) and _size(fields) <= _MOST and _count(fields) <= _MOST_LABELS
     labels = _labels(fields, tokenizer.vocabulary if tokenizer else None) if simple else None
     if labels is not None:
         prompts = await _prompts(fields, tokenizer)
@@ -50,15 +51,23 @@ async def plan_score(raw: bytes, fields: dict[str, Any], tokenizer: Tokenizer | 
 
 
 def _size(fields: dict[str, Any]) -> int:
-    """Characters or token ids of all prompts, and label ids of all items: the query and the labels count once for
-    each item, so that a small body can ask for very much."""
-    query, items, labels = fields.get("query"), fields.get("items"), fields.get("label_token_ids")
+    """Characters or token ids of all prompts. The query counts once for each item: a small body can ask for very
+    much."""
+    query, items = fields.get("query"), fields.get("items")
     if not isinstance(items, str | list) or not isinstance(query, str | list | None):
         return 0
     entries = [items] if isinstance(items, str) else items
     own = sum(len(entry) for entry in entries if isinstance(entry, str | list))
-    each = len(query or "") + (len(labels) if isinstance(labels, list) else 0)
-    return own + each * len(entries)
+    return own + len(query or "") * len(entries)
+
+
+def _count(fields: dict[str, Any]) -> int:
+    """Label ids of all items."""
+    items, labels = fields.get("items"), fields.get("label_token_ids")
+    if not isinstance(labels, list):
+        return 0
+    nested = sum(len(row) for row in labels if isinstance(row, list))
+    return nested or len(labels) * (len(items) if isinstance(items, list) else 1)
 
 
 def _ordinary(fields: dict[str, Any]) -> bool:
@@ -83,10 +92,11 @@ def _labels(fields: dict[str, Any], vocabulary: int | None) -> list[list[int]] |
     if not items:
         return None
     count = 1 if isinstance(items, str) else len(items)
-    rows = labels if isinstance(labels[0], list) else [labels] * count
+    shared = not isinstance(labels[0], list)
+    rows = [labels] * count if shared else labels
     if len(rows) != count:
         return None
-    for row in rows:
+    for row in rows[:1] if shared else rows:
         if not isinstance(row, list) or not row or len(set(map(str, row))) != len(row):
             return None
         if any(type(token) is not int or not 0 <= token < vocabulary for token in row):
