@@ -147,7 +147,7 @@ def check_fields(fields: Any, most_values: int, path: str = "") -> None:
 
 
 def _is_long(value: list[Any]) -> bool:
-    return len(value) > SHORT or any(isinstance(entry, list | dict) and len(entry) > SHORT for entry in value)
+    return len(value) + sum(len(entry) for entry in value if isinstance(entry, list | dict)) > SHORT
 
 
 def _check_long(name: str, value: list[Any], outer: frozenset[type], inner: frozenset[type]) -> None:

@@ -54,6 +54,12 @@ def test_what_endpoints_take_passes(fields: dict[str, Any]) -> None:
     check_body(orjson.dumps(fields), VALUES, "/classify" if "is_cross_encoder_request" in fields else "/generate")
 
 
+@given(st.integers(1, 600), st.integers(1, 600), st.sampled_from(["input_ids", "token_ids_logprob", "prompt"]))
+def test_lists_of_any_size_pass_where_their_types_are_right(prompts: int, tokens: int, name: str) -> None:
+    check_fields({name: [[3] * tokens] * prompts}, VALUES, "/generate")
+    check_fields({name: [3] * prompts, "text": ["a"] * prompts, "rid": ["r"] * tokens}, VALUES, "/generate")
+
+
 HOSTILE: list[tuple[Any, str]] = [
     (ONES, "not a JSON object"),
     ({"text": ONES}, r"text\[0\]: 1: a string is needed"),
@@ -94,7 +100,7 @@ def test_what_is_no_json_is_refused(body: bytes) -> None:
 
 
 NAMES = sorted({*_LONG, *_MANY, "tools", "stop", "logit_bias", "image_data", "other"})
-ENTRIES: list[Any] = [1, -1, 1.5, True, None, "a", {}, {"a": 1}, [], [1], ["a"], [[1]], [{}], {"a": [1, {"b": 2}]}]
+ENTRIES: list[Any] = [1, True, None, "a", {}, [], [1], ["a"], [[1]]]
 
 
 def _models() -> dict[str, Any]:
