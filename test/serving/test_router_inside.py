@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,19 @@ def lone(serve: Callable[..., Server], tiny_model: Callable[[str], Path]) -> Ser
 
 def prompt(number: int) -> list[int]:
     return [(7 * i + 31 * number) % 500 + 3 for i in range(300)]
+
+
+@contextlib.contextmanager
+def stopped_ranks(server: Server) -> Iterator[None]:
+    """Ranks do nothing meanwhile, which is to be shorter than the time after which they count as stuck."""
+    ranks = [rank["pid"] for rank in server.status()["ranks"]]
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for rank in ranks:
+            os.kill(rank, signal.SIGCONT)
 
 
 def metrics(server: Server) -> dict[str, float]:
@@ -100,13 +113,26 @@ def test_a_prefix_nobody_holds_is_computed_once_for_all_who_come_together(server
 def test_a_single_request_passes_a_long_list_whose_answers_stay_in_order(server: Server) -> None:
     prompts = [prompt(3000 + number)[: 60 + number % 90] for number in range(1500)]
     body = {"input_ids": prompts, "sampling_params": NOTHING_NEW, "rid": "list"}
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(server.post, "/generate", body, 600)
-        wait_until(lambda: router(server)["pending_bulk"] > 0)
-        single = {"input_ids": prompt(9000), "sampling_params": NOTHING_NEW}
-        assert server.post("/generate", single).status_code == 200
-        assert not answer.done()
-        found = answer.result().json()
+    single = {"input_ids": prompt(9000), "sampling_params": NOTHING_NEW}
+    submitted = "asyncep_router_prompts_submitted_total"
+    before = metrics(server)[submitted]
+
+    def ask(what: dict[str, Any]) -> tuple[httpx.Response, float]:
+        return server.post("/generate", what, 600), time.monotonic()
+
+    with ThreadPoolExecutor(2) as pool:
+        # However fast the machine is, the router has all of the list and the single one before a rank goes on.
+        with stopped_ranks(server):
+            the_list = pool.submit(ask, body)
+            wait_until(lambda: metrics(server)[submitted] - before == len(prompts))
+            assert router(server)["pending_bulk"] > 0
+            the_single = pool.submit(ask, single)
+            wait_until(lambda: metrics(server)[submitted] - before == len(prompts) + 1)
+        answer, single_ended = the_single.result()
+        assert answer.status_code == 200
+        answer, list_ended = the_list.result()
+    assert single_ended < list_ended
+    found = answer.json()
     assert [each["meta_info"]["prompt_tokens"] for each in found] == [len(tokens) for tokens in prompts]
     assert [each["meta_info"]["id"] for each in found] == [f"list_{number}" for number in range(len(prompts))]
 
