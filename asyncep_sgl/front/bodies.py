@@ -63,7 +63,7 @@ class BodyGate:
                 if held > most:
                     raise self._too_large(most)
                 parts.append(part)
-            await self.app(scope, _replay(b"".join(parts), receive), send)
+            await self.app(scope, replay(b"".join(parts), receive), send)
         except Refusal as refusal:
             await refuse(send, refusal)
         except _Gone:
@@ -125,7 +125,7 @@ class _Gone(Exception):
     """The client left before its request was whole."""
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
+def replay(body: bytes, receive: Receive) -> Receive:
     """Answers the body once, and then what the connection says."""
     given = False
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import orjson
 
-from asyncep_sgl.front.asgi import App, Message, Receive, Refusal, Scope, Send, refuse
+from asyncep_sgl.front.asgi import App, Receive, Refusal, Scope, Send, refuse
+from asyncep_sgl.front.bodies import replay
 from asyncep_sgl.front.rules import shown
 
 # What pydantic and SGLang may get of any type: so many errors take milliseconds.
@@ -79,22 +80,16 @@ class ShapeGate:
         if scope["type"] != "http" or scope["path"].rstrip("/") not in self.paths:
             await self.app(scope, receive, send)
             return
-        message: Message | None = await receive()
-        assert message is not None
+        message = await receive()
+        body = message.get("body", b"")
         try:
-            if body := message.get("body", b""):
+            if body:
                 check_body(body, self.most_values, scope["path"].rstrip("/"))
         except Refusal as refusal:
             await refuse(send, refusal)
             return
-        body = b""
-
-        async def replayed() -> Message:
-            nonlocal message
-            given, message = message, None
-            return given if given is not None else await receive()
-
-        await self.app(scope, replayed, send)
+        # Who has left is said again by whoever is asked.
+        await self.app(scope, replay(body, receive) if message["type"] == "http.request" else receive, send)
 
 
 def check_body(body: bytes, most_values: int, path: str = "") -> None:

@@ -75,7 +75,7 @@ def cached_tokens(reply: bytes) -> int | None:
 def bytes_prompt(data: bytes) -> Prompt:
     """Stands for a prompt whose tokens are unknown: equal beginnings stay equal, length comes out about right.
 
-    Of very long ones the beginning counts: no context holds more, and the rest would push others out of the view.
+    Of more than 1 MiB only the beginning counts: the rest would push other prompts out of the view.
     """
     data = data[:_MOST_BYTES]
     words = array("I")

@@ -87,9 +87,12 @@ def _ordinary(fields: dict[str, Any]) -> bool:
 def _labels(fields: dict[str, Any], vocabulary: int | None) -> list[list[int]] | None:
     """Labels of each item, None if a worker would have something to say about them."""
     labels, items = fields.get("label_token_ids"), fields.get("items")
-    if vocabulary is None or not isinstance(labels, list) or not labels or not isinstance(items, str | list):
-        return None
-    if not items:
+    if (
+        vocabulary is None
+        or not isinstance(labels, list)
+        or not isinstance(items, str | list)
+        or not (labels and items)
+    ):
         return None
     count = 1 if isinstance(items, str) else len(items)
     shared = not isinstance(labels[0], list)
