@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from asyncep_router.cost import ModelCost
-from asyncep_router.long_lived import settle
+from asyncep_router.long_lived import return_memory, settle
 from asyncep_sgl.batches.api import BatchApi, BatchLife
 from asyncep_sgl.batches.bounds import Bounds
 from asyncep_sgl.calibration import calibrate
@@ -82,7 +82,7 @@ def _serve(arguments: list[str], config: AsyncEPConfig, door: Door) -> None:
 
     # First, as in sglang.launch_server: what is imported from here on is already hooked.
     load_plugins()
-    from asyncep_sgl.front.seams import owner_of
+    from asyncep_sgl.front.seams import BATCH_RATES, owner_of
     from asyncep_sgl.front_start import (
         admit_zero_max_tokens,
         fork_processes_ahead,
@@ -145,6 +145,8 @@ def _serve(arguments: list[str], config: AsyncEPConfig, door: Door) -> None:
         server_args.model_path,
         most=config.ranks * (_BATCH_REQUESTS_ROUTED if config.router is not None else _BATCH_REQUESTS),
         bounds=Bounds(config.file_bytes, config.file_days, config.disk_floor),
+        keys=policy.keys,
+        rates=BATCH_RATES,
     )
 
     def drained() -> None:
@@ -181,6 +183,8 @@ def _serve(arguments: list[str], config: AsyncEPConfig, door: Door) -> None:
             )
         if "rare-collections" not in config.without:
             settle()
+        # Not before: ranks are forked from this process, and for their large tensors this would be slow.
+        return_memory()
         _ask(address, Serving(url), Done)
         batches.begin()
 

@@ -26,7 +26,7 @@ from hostile.schema import routes, sglang_document
 from hostile.schemathesis_peer import run_schemathesis
 from hostile.servers import end_in_order
 from hostile.stand import Stand, stand
-from hostile.watch import Watch
+from hostile.watch import Lateness, Watch
 from hostile.wire import send
 from records import Claim, write
 
@@ -41,6 +41,7 @@ async def attack(both: Stand, args: argparse.Namespace) -> tuple[dict[str, Any],
     async with (
         Feed(found, args.seed) as feed,
         Watch(both.roles, 2.0) as watch,
+        Lateness() as lateness,
         Clients(both.urls[0], asked, expected, both.key, 2) as direct,
         Clients(both.urls[1], asked, expected, both.key, 2) as routed,
     ):
@@ -73,6 +74,7 @@ async def attack(both: Stand, args: argparse.Namespace) -> tuple[dict[str, Any],
         "findings": [finding.record() for finding in score.findings.values()],
         "schemathesis": peers,
         "honest": honest,
+        "clients_loop_late_s": {"longest": lateness.longest, "stops": lateness.stops},
         "largest_growth": {"bytes": growth, "process": whose},
         "memory": watch.raw(),
     }

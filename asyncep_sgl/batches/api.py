@@ -16,6 +16,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from asyncep_router.keys import Keys
+from asyncep_router.rates import Rates
 from asyncep_sgl.batches.bounds import Bounds, names_of
 from asyncep_sgl.batches.disk import Damaged, DiskError
 from asyncep_sgl.batches.files import too_large
@@ -48,6 +50,8 @@ class BatchApi:
         model: what the server serves.
         most: requests of batches under way at a time.
         bounds: what the operator allows.
+        keys: of the server.
+        rates: lines of batches are counted there when they are served.
     """
 
     def __init__(
@@ -58,8 +62,11 @@ class BatchApi:
         *,
         most: int,
         bounds: Bounds | None = None,
+        keys: Keys | None = None,
+        rates: Rates | None = None,
     ) -> None:
         self._folder, self._model, self._most, self._bounds = folder, model, most, bounds or Bounds()
+        self._keys, self._rates = keys or Keys(), rates or Rates()
         self._opened: tuple[BatchStore, BatchRunner] | None = None
         self._opening = asyncio.Lock()
         self._ended = False
@@ -105,6 +112,8 @@ class BatchApi:
                 if error.message != said:
                     logger.error("batches are not gone on with: %s", error.message)
                 said = error.message
+            except Exception:
+                logger.exception("batches are not gone on with, for an error that was not foreseen")
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -147,7 +156,14 @@ class BatchApi:
             except Damaged as error:
                 self._say(f"--asyncep-batch-dir {self._folder}: {error.message}")
                 raise
-            runner = BatchRunner(store, self._model, self._send, most=self._most)
+            runner = BatchRunner(
+                store,
+                self._model,
+                self._send,
+                most=self._most,
+                caller_named=self._keys.named,
+                debt_seconds=self._rates.debt_seconds,
+            )
             stack.push_async_callback(runner.close)
             await runner.resume()
             sweeper = asyncio.create_task(_sweep(store, runner))

@@ -140,20 +140,32 @@ class Ledger:
         self.used[caller.name] += size
 
     def beyond(self, caller: Caller, size: int) -> str | None:
-        """Which quota so many more bytes would exceed; None if none."""
-        own, everyone = self.used[caller.name] + size, self.used.total() + size
-        if caller.file_bytes is not None and own > caller.file_bytes:
-            return f"your files would take {own} bytes of the {caller.file_bytes} that your key allows (file_bytes)"
-        if everyone > self.bounds.file_bytes:
-            return f"all files would take {everyone} bytes of {self.bounds.file_bytes} (--asyncep-file-quota)"
+        """Which quota so many more bytes of an upload would exceed; None if none."""
+        if (why := self._quota(caller, size)) is not None:
+            return why
         if caller.file_bytes is None and not caller.admin and caller.name not in _WITHOUT_NEIGHBOURS:
-            left = self.bounds.file_bytes - everyone
+            own = self.used[caller.name] + self._outputs(caller.name) + size
+            left = self.bounds.file_bytes - self.used.total() - self._outputs() - size
             if own > left:
                 return (
                     f"your files would take {own} bytes and leave {left} of {self.bounds.file_bytes} "
                     "(--asyncep-file-quota) to everybody else; one caller has at most as much as is left"
                 )
         return None
+
+    def _quota(self, caller: Caller, size: int) -> str | None:
+        """Which quota so many more bytes of files, of whatever kind, would exceed; None if none."""
+        own = self.used[caller.name] + self._outputs(caller.name) + size
+        everyone = self.used.total() + self._outputs() + size
+        if caller.file_bytes is not None and own > caller.file_bytes:
+            return f"your files would take {own} bytes of the {caller.file_bytes} that your key allows (file_bytes)"
+        if everyone > self.bounds.file_bytes:
+            return f"all files would take {everyone} bytes of {self.bounds.file_bytes} (--asyncep-file-quota)"
+        return None
+
+    def _outputs(self, owner: str | None = None) -> int:
+        """Bytes of the files that batches will write: an owner's, or everybody's."""
+        return sum(one.files for one in self._promised.values() if owner is None or one.owner == owner)
 
     def give(self, owner: str, size: int, files: int = 0) -> None:
         """Bytes and files of an owner's are gone."""
@@ -185,18 +197,32 @@ class Ledger:
         """A batch writes no more."""
         self._promised.pop(batch, None)
 
+    def never(self, caller: Caller, promise: Promise, size: int) -> str | None:
+        """Why a batch can never be begun; None where it may be.
+
+        Args:
+            promise: what it will write.
+            size: bytes of its input, which is there until its end.
+        """
+        needed = size + promise.files
+        answers = f"its input has {size} bytes and its answers are expected to take {promise.files}"
+        if caller.file_bytes is not None and needed > caller.file_bytes:
+            return f"{answers}; your key allows {caller.file_bytes} bytes (file_bytes); divide the batch"
+        if needed > self.bounds.file_bytes:
+            return f"{answers}; all files may take {self.bounds.file_bytes} (--asyncep-file-quota); divide the batch"
+        return None
+
     def hold(self, caller: Caller, promise: Promise, room: int) -> str | None:
-        """Why a batch is not begun yet; None begins it.
+        """Why a batch is not begun yet; None begins it. The batch itself has promised nothing yet.
 
         Args:
             promise: what it will write.
             room: bytes of the disk that may still be used.
         """
         own = [other for other in self._promised.values() if other.owner == caller.name]
-        output = sum(other.files for other in own)
-        if (why := self.beyond(caller, output)) is not None:
-            whom = "your other batches: with their output " if output else "space: "
-            return f"waits for {whom}{why}; delete files that are done with"
+        if (why := self._quota(caller, promise.files)) is not None:
+            whom = "your other batches" if own else "space"
+            return f"waits for {whom}: with its answers {why}; delete files that are done with"
         left = room - self.promised
         if promise.disk > left:
             return (

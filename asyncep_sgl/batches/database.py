@@ -168,11 +168,13 @@ class Database:
         limit: int,
         newest: bool,
         purpose: str | None = None,
+        unexpired: int | None = None,
     ) -> list[Any]:
         """Rows in order of their making, those after the one named `after`.
 
         Args:
             owners: whose rows; None means everybody's.
+            unexpired: only those that have not expired at this time.
 
         Raises:
             ApiError: 400; `after` is not there.
@@ -185,6 +187,9 @@ class Database:
         if purpose is not None:
             where.append("purpose = ?")
             values.append(purpose)
+        if unexpired is not None:
+            where.append("(expires_at IS NULL OR expires_at > ?)")
+            values.append(unexpired)
         if after is not None:
             query = f"SELECT rowid FROM {table} WHERE {' AND '.join(whose[0])} AND id = ?"
             place = await self.rows(query, (*whose[1], after))

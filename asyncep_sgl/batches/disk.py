@@ -15,6 +15,8 @@ from asyncep_sgl.batches.records import ApiError
 logger = logging.getLogger("asyncep")
 
 _BALLAST_BYTES = 4 << 20
+# So much of it is given up at a time, so that it serves more than one delete; a transaction takes some 50 kB.
+_STEPS = 16
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # Less than a page and what belongs to it: SQLite then reports a full disk as an input/output error.
 _FULL_BELOW = 1 << 16
@@ -61,7 +63,7 @@ class Disk:
         if floor is None:
             floor = min(10**9, found.f_blocks * found.f_frsize // 20)
         # Space of the reserve is the reserve's, also while it is given up.
-        reserve = 0 if self._ballast.exists() else _reserve(found)
+        reserve = _reserve(found) - self._kept()
         return found.f_bavail * found.f_frsize - floor - reserve
 
     def need(self, size: int) -> None:
@@ -77,22 +79,29 @@ class Disk:
             )
 
     def release(self) -> None:
-        """Gives up the reserve, for what has to succeed on a full disk."""
-        self._ballast.unlink(missing_ok=True)
+        """Gives up some of the reserve, for what has to succeed on a full disk."""
+        left = self._kept() - _reserve(os.statvfs(self._folder)) // _STEPS
+        if left > 0:
+            os.truncate(self._ballast, left)
+        else:
+            self._ballast.unlink(missing_ok=True)
 
     def restore(self) -> None:
-        """Sets a reserve aside where there is none and there is space for it."""
-        if self._ballast.exists():
-            return
+        """Sets aside what is missing of the reserve, where there is space for it."""
         found = os.statvfs(self._folder)
         size = _reserve(found)
-        if found.f_bavail * found.f_frsize < 4 * size:
+        if self._kept() >= size or found.f_bavail * found.f_frsize < 4 * size:
             return
+        # Others may be faster: what cannot be had now is had later.
+        with contextlib.suppress(OSError), self._ballast.open("ab") as out:
+            os.posix_fallocate(out.fileno(), 0, size)
+
+    def _kept(self) -> int:
+        """Bytes of the reserve that are set aside."""
         try:
-            with self._ballast.open("wb") as out:
-                os.posix_fallocate(out.fileno(), 0, size)
-        except OSError:
-            self.release()
+            return self._ballast.stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def read(self, error: Exception) -> DiskError:
         """What an error of SQLite or the operating system means."""

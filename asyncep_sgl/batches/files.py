@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -14,10 +14,11 @@ from asyncep_router.keys import Caller
 from asyncep_sgl.batches.bounds import Ledger
 from asyncep_sgl.batches.database import Database, synchronise
 from asyncep_sgl.batches.disk import Disk, NoSpace
-from asyncep_sgl.batches.records import MOST_FILE_BYTES, UNFINISHED, ApiError, FileRecord
+from asyncep_sgl.batches.records import MOST_FILE_BYTES, NEED_INPUT, UNFINISHED, ApiError, FileRecord
 
 IS_UNFINISHED = f"status IN ({', '.join(repr(status) for status in UNFINISHED)})"
 """SQL, of a batch."""
+_NEEDS_INPUT = f"status IN ({', '.join(repr(status) for status in NEED_INPUT)})"
 # So much of an upload is kept in memory between two writes.
 _PIECE = 1 << 18
 
@@ -85,10 +86,15 @@ class FileStore:
     async def page(
         self, *, owners: Sequence[str] | None = None, purpose: str | None, after: str | None, limit: int, newest: bool
     ) -> list[FileRecord]:
-        """Files in order of their making, those after the one named `after`."""
-        await self.sweep()
+        """Files in order of their making, those after the one named `after`. Works on a full disk."""
         rows = await self._database.page(
-            "files", owners=owners, after=after, limit=limit, newest=newest, purpose=purpose
+            "files",
+            owners=owners,
+            after=after,
+            limit=limit,
+            newest=newest,
+            purpose=purpose,
+            unexpired=int(self._clock()),
         )
         return [FileRecord(**dict(row)) for row in rows]
 
@@ -101,42 +107,53 @@ class FileStore:
             ApiError: 404; there is none. 409; an unfinished batch needs it.
         """
         file = await self.get(file_id, owners)
-        gone = 0
+        users, gone = f"SELECT id FROM batches WHERE input_file = ? AND {_NEEDS_INPUT}", 0
+
+        def refuse(users: Sequence[Any]) -> None:
+            if users:
+                raise ApiError(409, f"{file_id} is being worked on by {users[0]['id']}; cancel that first")
+
+        # Before its contents may go.
+        refuse(await self._database.rows(users, (file_id,)))
 
         async def forget() -> None:
             nonlocal gone
-            users = await self._database.select(
-                f"SELECT id FROM batches WHERE input_file = ? AND {IS_UNFINISHED}", (file_id,)
-            )
-            if users:
-                raise ApiError(409, f"{file_id} is being worked on by {users[0]['id']}; cancel that first")
+            refuse(await self._database.select(users, (file_id,)))
             gone = await self._database.execute("DELETE FROM files WHERE id = ?", (file_id,))
 
-        try:
-            await self._database.surely(forget)
-        except NoSpace:
-            # Not even the reserve was there: the file's own space is, and its contents were to go anyhow.
-            self.path(file_id).unlink(missing_ok=True)
-            await self._database.surely(forget)
+        await self._surely([file_id], forget)
         self.path(file_id).unlink(missing_ok=True)
         if gone:
             self.ledger.give(file.owner, file.size, files=1)
         self.disk.restore()
 
     async def sweep(self) -> None:
-        """Forgets files that have expired and that no unfinished batch needs."""
+        """Forgets files that have expired and that no unfinished batch needs. Works on a full disk."""
         query = f"""SELECT id, owner, size FROM files WHERE expires_at <= ?
-            AND id NOT IN (SELECT input_file FROM batches WHERE {IS_UNFINISHED})"""
+            AND id NOT IN (SELECT input_file FROM batches WHERE {_NEEDS_INPUT})"""
+        now = int(self._clock())
+        if not (old := [one["id"] for one in await self._database.rows(query, (now,))]):
+            return
         gone = list[Any]()
 
         async def forget() -> None:
-            gone[:] = await self._database.select(query, (int(self._clock()),))
+            # Nobody can use a file that has expired, so that only these, or fewer of them, are found again.
+            gone[:] = [one for one in await self._database.select(query, (now,)) if one["id"] in old]
             await self._database.execute_many("DELETE FROM files WHERE id = ?", [(one["id"],) for one in gone])
 
-        await self._database.surely(forget)
+        await self._surely(old, forget)
         for one in gone:
             self.path(one["id"]).unlink(missing_ok=True)
             self.ledger.give(one["owner"], one["size"], files=1)
+
+    async def _surely(self, going: Sequence[str], forget: Callable[[], Awaitable[None]]) -> None:
+        """Forgets files for certain: where not even the reserve was there, the space of their contents is."""
+        try:
+            await self._database.surely(forget)
+        except NoSpace:
+            for file_id in going:
+                self.path(file_id).unlink(missing_ok=True)
+            await self._database.surely(forget)
 
     async def tidy(self) -> None:
         """Removes contents of an upload, or of a batch's end, that was cut short. Before anything else is done.

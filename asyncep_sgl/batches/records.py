@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 UNFINISHED: tuple[Status, ...] = ("validating", "in_progress", "finalizing", "cancelling")
+NEED_INPUT: tuple[Status, ...] = ("validating", "in_progress")
+"""Of a batch whose input is still to be read."""
 STATUSES: tuple[Status, ...] = get_args(Status)
 
 ENDPOINTS = (
@@ -108,7 +110,7 @@ class BatchRecord:
         times: when it got into which status, seconds since 1970, by the status' name.
         created_at, expires_at: seconds since 1970.
         total, completed, failed: requests; failed ones were answered with an error, or not at all.
-        errors: why it failed.
+        errors: why it failed, or why none of its requests was begun.
         metadata: the client's own.
         output_seconds: seconds its files are kept; None as long as any.
         owner: name of the caller whose it is; empty where the server had no keys.

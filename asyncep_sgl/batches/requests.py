@@ -47,6 +47,7 @@ class RequestStore:
         async def read() -> None:
             if ended_in_order:
                 await self._unmark("1")
+                await self._database.execute("UPDATE batches SET readings = 0 WHERE readings > 0")
                 return
             found = await self._database.select(
                 f"SELECT batch, number FROM requests WHERE state = {_ALONE} AND {_UNANSWERED}"

@@ -3,13 +3,15 @@
 Requests go through the whole application as a client's would, so that checks, errors and answers are the same. What is
 different: they are marked as `in_batch`, by which they get a lower priority in the router, they are sent in the name of
 the batch's owner, and at most so many are under way. A request that came at a bad moment (503, 429) is tried again
-until its batch expires. What a full disk does not take is tried again until it does.
+until its batch expires. What a full disk does not take is tried again until it does. A batch of another model waits for
+a server of that model, and ends here with its window or when it is cancelled.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -23,7 +25,7 @@ from asyncep_sgl.batches.disk import DiskError, NoSpace
 from asyncep_sgl.batches.inputs import FileChanged, open_input, read_body, read_input, unreadable
 from asyncep_sgl.batches.lines import Problem, RequestLine
 from asyncep_sgl.batches.mark import in_batch
-from asyncep_sgl.batches.records import BatchRecord
+from asyncep_sgl.batches.records import NEED_INPUT, BatchRecord
 from asyncep_sgl.batches.requests import Answer
 from asyncep_sgl.batches.store import BatchStore, Final
 from asyncep_sgl.batches.turns import Turns
@@ -42,6 +44,8 @@ _TRY_AGAIN = (429, 503)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 15.0
 # At least so often it is looked whether there is space for what waits for it.
 _LOOK_SECONDS = 3.0
+_ANOTHER_MODEL = "waits for a server of its model on this folder; the one that runs serves another"
+_UNBEGUN = "none of its requests was begun"
 # A server error may be a rank's death; but the same request must not bring down one after the other.
 _MOST_SERVER_ERRORS = 3
 # Batches of one owner that are worked on at a time; files read at a time.
@@ -53,19 +57,39 @@ _MOST_ERRORS = 3
 _T = TypeVar("_T")
 
 
+def _nobody_known(_name: str) -> Caller | None:
+    return None
+
+
+def _no_debt(_caller: Caller) -> float:
+    return 0.0
+
+
 class BatchRunner:
-    """The batches of one store and model.
+    """The batches of one store.
 
     Args:
+        model: what is served.
         send: answers a request.
         most: requests under way at a time, of all batches together.
         clock: seconds since 1970.
+        caller_named: who has a key of this name; None where nobody does.
+        debt_seconds: after how long a caller's rate allows the next request.
     """
 
     def __init__(
-        self, store: BatchStore, model: str, send: Send, *, most: int, clock: Callable[[], float] = time.time
+        self,
+        store: BatchStore,
+        model: str,
+        send: Send,
+        *,
+        most: int,
+        clock: Callable[[], float] = time.time,
+        caller_named: Callable[[str], Caller | None] = _nobody_known,
+        debt_seconds: Callable[[Caller], float] = _no_debt,
     ) -> None:
-        self._store, self._model, self._send, self._clock = store, model, send, clock
+        self._store, self._model, self._send, self._clock = store, os.path.realpath(model), send, clock
+        self._caller_named, self._debt_seconds = caller_named, debt_seconds
         self._turns = Turns(most)
         self._reading = asyncio.Semaphore(_MOST_READING)
         self._active: Counter[str] = Counter()
@@ -75,13 +99,17 @@ class BatchRunner:
 
     async def resume(self) -> None:
         """Goes on with everything that is unfinished."""
-        for batch in await self._store.unfinished(self._model):
+        for batch in await self._store.unfinished():
             self.begin(batch)
 
     def begin(self, batch: BatchRecord) -> None:
         """Works on a batch, if nobody does so yet."""
         if batch.id not in self._tasks and not self._closing:
-            work = self._works[batch.id] = Work(batch.id, batch.owner, batch.quota)
+            # A key that is gone leaves its owner's batches what it allowed when they were created.
+            owner = self._caller_named(batch.owner) or Caller(batch.owner, file_bytes=batch.quota)
+            # Two spellings of a folder are one model; a name of the hub's is compared as it is.
+            foreign = os.path.realpath(batch.model) != self._model
+            work = self._works[batch.id] = Work(batch.id, owner, foreign)
             work.going.set()
             timer = asyncio.get_running_loop().call_later(max(0.0, batch.expires_at - self._clock()), self._stop, work)
             task = self._tasks[batch.id] = asyncio.create_task(self._run(work))
@@ -125,7 +153,9 @@ class BatchRunner:
     async def _run(self, work: Work) -> None:
         # For all that this task and those it makes send.
         in_batch.set(True)
-        caller.set(Caller(work.owner, file_bytes=work.quota))
+        caller.set(work.caller)
+        if work.foreign:
+            return await self._patient(work)
         while self._active[work.owner] >= _MOST_ACTIVE and not work.end.is_set():
             await work.pause(_LONGEST_PAUSE)
         self._active[work.owner] += 1
@@ -183,64 +213,81 @@ class BatchRunner:
 
     async def _batch(self, work: Work) -> None:
         batch = await self._store.batch(work.id)
-        if batch.status == "validating" and not await self._begin(work, batch):
-            return
+        if work.foreign and batch.status in NEED_INPUT:
+            while not work.end.is_set():
+                work.waits = _ANOTHER_MODEL
+                await work.pause(_LONGEST_PAUSE)
+        elif batch.status == "validating":
+            await self._begin(work, batch)
         batch = await self._store.batch(work.id)
+        if "in_progress" not in batch.times:
+            return await self._end_unbegun(work, batch)
         self._store.ledger.promise(work.id, Answers(batch, *await self._store.requests.kept(work.id)).promise())
         work.waits = None
         if batch.status == "finalizing":
             return await self._store.finish(work.id, "completed")
         # It may have been cancelled meanwhile.
-        if batch.status == "in_progress":
+        if batch.status == "in_progress" and not work.foreign:
             await self._requests(work, batch)
-        if work.problem is not None:
-            return await self._store.finish(work.id, "failed", [work.problem])
         final: Final = "expired"
         if not await self._store.requests.unanswered(work.id):
             await self._store.finalizing(work.id)
             final = "completed"
         if (await self._store.batch(work.id)).status == "cancelling":
             final = "cancelled"
+        elif work.problem is not None:
+            return await self._store.finish(work.id, "failed", [work.problem])
         await self._store.finish(work.id, final)
+
+    async def _end_unbegun(self, work: Work, batch: BatchRecord) -> None:
+        """Ends a batch none of whose requests was begun; its errors say why."""
+        if batch.status == "cancelling":
+            await self._store.finish(work.id, "cancelled", [Problem("batch_cancelled", f"cancelled; {_UNBEGUN}")])
+        elif work.problems:
+            await self._store.finish(work.id, "failed", work.problems)
+        else:
+            why = f": {work.waits}" if work.waits is not None else ""
+            problem = Problem("batch_expired", f"the completion window ended and {_UNBEGUN}{why}")
+            await self._store.finish(work.id, "expired", [problem])
 
     # Its file
 
-    async def _begin(self, work: Work, batch: BatchRecord) -> bool:
-        """Reads the input file and accepts its requests once there is space for their answers; False ends it."""
-        self._store.ledger.settle(work.id)
-        problems: list[Problem] = []
-        requests: list[RequestLine] = []
-        if batch.readings >= _MOST_READINGS:
+    async def _begin(self, work: Work, batch: BatchRecord) -> None:
+        """Reads the input file and accepts its requests once there is space for their answers, unless it ends first."""
+        ledger = self._store.ledger
+        ledger.settle(work.id)
+        if batch.readings >= _MOST_READINGS and not work.reading:
             why = f"quarantined: the server ended each of the {batch.readings} times that it read this file"
-            problems = [Problem("quarantined", why)]
-        else:
-            size = await self._store.files.size(batch.input_file)
-            async with self._reading:
+            work.problems = [Problem("quarantined", why)]
+            return
+        size = await self._store.files.size(batch.input_file)
+        async with self._reading:
+            if not work.reading:
                 await self._store.reading(work.id)
-                try:
-                    path = self._store.files.path(batch.input_file)
-                    requests, problems = await asyncio.to_thread(read_input, path, size, batch.endpoint)
-                except (OSError, FileChanged) as error:
-                    problems = [unreadable(error)]
-                estimate = sum(request.estimate for request in requests)
-                await self._store.read(work.id, estimate)
-        if problems:
-            await self._store.finish(work.id, "failed", problems)
-            return False
-        promise = Promise.of(batch.owner, estimate, len(requests), 0, 0)
-        ledger, owner = self._store.ledger, Caller(batch.owner, file_bytes=batch.quota)
-        while (why_not := ledger.hold(owner, promise, self._store.disk.room())) is not None:
+                # Noted once: another try of this process is no end of the server.
+                work.reading = True
+            requests: list[RequestLine] = []
+            try:
+                path = self._store.files.path(batch.input_file)
+                requests, work.problems = await asyncio.to_thread(read_input, path, size, batch.endpoint)
+            except (OSError, FileChanged) as error:
+                work.problems = [unreadable(error)]
+            estimate, total = sum(request.estimate for request in requests), len(requests)
+            await self._store.read(work.id, estimate, 0 if work.problems else total)
+            work.reading = False
+        if work.problems:
+            return
+        promise = Promise.of(batch.owner, estimate, total, 0, 0)
+        if (why_never := ledger.never(work.caller, promise, size or 0)) is not None:
+            work.problems = [Problem("quota_exceeded", why_never)]
+            return
+        while (why_not := ledger.hold(work.caller, promise, self._store.disk.room())) is not None:
             work.waits = why_not
             if work.end.is_set():
-                # Cancelled, or there was no space until its window ended.
-                cancelled = (await self._store.batch(work.id)).status == "cancelling"
-                reason = [] if cancelled else [Problem("waiting", why_not)]
-                await self._store.finish(work.id, "cancelled" if cancelled else "expired", reason)
-                return False
+                return
             await work.pause(_LOOK_SECONDS)
         ledger.promise(work.id, promise)
         await self._store.accept(work.id, requests)
-        return True
 
     # Its requests
 
@@ -273,6 +320,9 @@ class BatchRunner:
                 while not writer.done() and await self._may_go_on(work, answers):
                     if not page and not (page := await self._surely(work, self._take(work))):
                         break
+                    if (seconds := self._debt_seconds(work.caller)) > 0:
+                        await work.pause(min(seconds, _LOOK_SECONDS))
+                        continue
                     await self._turns.enter(work.owner, work.id)
                     if work.stopped or not work.going.is_set():
                         self._turns.leave(work.owner, work.id)
@@ -321,7 +371,7 @@ class BatchRunner:
 
     async def _suspects(self, work: Work, batch: BatchRecord, file: IO[bytes]) -> None:
         """Sends those during which the server ended once more, each alone."""
-        pause = _FIRST_PAUSE
+        pause, errors = _FIRST_PAUSE, Counter[int]()
         while not work.end.is_set() and (lines := await self._store.requests.suspects(work.id, 1)):
             [line] = lines
             try:
@@ -335,7 +385,8 @@ class BatchRunner:
                     return
                 await self._store.requests.mark_alone(work.id, line.number, True)
                 status, answer = await self._answer(batch.endpoint, body)
-                if status not in _TRY_AGAIN:
+                errors[line.number] += _is_error(status)
+                if _is_final(status, answer, errors[line.number]):
                     # Kept before anything else is sent: an end after it is not this request's.
                     await self._store.requests.keep(work.id, [(line.number, status, answer)])
                     pause = _FIRST_PAUSE
@@ -351,8 +402,8 @@ class BatchRunner:
         pause, errors = _FIRST_PAUSE, 0
         while True:
             status, answer = await self._answer(path, body)
-            errors += status >= 500 and status not in _TRY_AGAIN
-            if status not in _TRY_AGAIN and (status < 500 or errors >= _MOST_SERVER_ERRORS or b"quarantined" in answer):
+            errors += _is_error(status)
+            if _is_final(status, answer, errors):
                 return status, answer
             try:
                 await asyncio.wait_for(end.wait(), pause)
@@ -389,3 +440,19 @@ class BatchRunner:
                 await self._surely(work, keep)
             answers.number += len(some)
             answers.size += size
+
+
+def _is_error(status: int) -> bool:
+    return status >= 500 and status not in _TRY_AGAIN
+
+
+def _is_final(status: int, answer: bytes, errors: int) -> bool:
+    """Whether a request is not tried again.
+
+    Args:
+        status, answer: the last ones.
+        errors: answers so far that were the server's errors.
+    """
+    if status in _TRY_AGAIN:
+        return False
+    return not _is_error(status) or errors >= _MOST_SERVER_ERRORS or b"quarantined" in answer

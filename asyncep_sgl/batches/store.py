@@ -144,10 +144,10 @@ class BatchStore:
         rows = await self._database.page("batches", owners=owners, after=after, limit=limit, newest=True)
         return [_batch(row) for row in rows]
 
-    async def unfinished(self, model: str) -> list[BatchRecord]:
-        """What is to be done for this model, the oldest first."""
-        query = f"SELECT * FROM batches WHERE model = ? AND {IS_UNFINISHED} ORDER BY rowid"
-        return [_batch(row) for row in await self._database.rows(query, (model,))]
+    async def unfinished(self) -> list[BatchRecord]:
+        """What is to be done, of whatever model, the oldest first."""
+        query = f"SELECT * FROM batches WHERE {IS_UNFINISHED} ORDER BY rowid"
+        return [_batch(row) for row in await self._database.rows(query)]
 
     async def sweep(self) -> None:
         """Forgets what has had its time, and gives space back."""
@@ -169,22 +169,22 @@ class BatchStore:
         async with self._database.change():
             await self._database.execute("UPDATE batches SET readings = readings + 1 WHERE id = ?", (batch_id,))
 
-    async def read(self, batch_id: str, estimate: int) -> None:
+    async def read(self, batch_id: str, estimate: int, total: int) -> None:
         """Its input has been read.
 
         Args:
             estimate: bytes that its answers are expected to take.
+            total: requests; 0 where the file is refused.
         """
         async with self._database.change():
             await self._database.execute(
-                "UPDATE batches SET readings = 0, estimate = ? WHERE id = ?", (estimate, batch_id)
+                "UPDATE batches SET readings = 0, estimate = ?, total = ? WHERE id = ?", (estimate, total, batch_id)
             )
 
     async def accept(self, batch_id: str, requests: Sequence[RequestLine]) -> None:
         """The input file is good: its requests are to be done."""
         async with self._database.change():
             await self.requests.enter(batch_id, requests)
-            await self._database.execute("UPDATE batches SET total = ? WHERE id = ?", (len(requests), batch_id))
             await self._move(batch_id, "in_progress", ("validating",))
 
     async def cancel(self, batch_id: str, owners: Sequence[str] | None = None) -> BatchRecord:
@@ -209,7 +209,7 @@ class BatchStore:
         """Writes a batch's files from its answers, and ends it; does nothing to one that has ended.
 
         Args:
-            problems: why it has failed, or what it waited for until its window ended.
+            problems: why it has failed, or why none of its requests was begun.
 
         Raises:
             DiskError: the files could not be written; nothing of them is there, and another call tries again.
@@ -261,7 +261,9 @@ class BatchStore:
         why = "expired" if final == "completed" else final
         code, message = f"batch_{why}", _WHY.get(why) or problems[0].message
         _, size = await self.requests.kept(batch.id)
-        self.disk.need(size)
+        if size:
+            # Answers are there twice until the database forgets them. One without any ends also where space is short.
+            self.disk.need(size)
         try:
             with whole(output) as good, whole(errors) as bad:
 
@@ -337,14 +339,15 @@ async def open_store(
             },
         )
         store = BatchStore(folder, database, disk, ledger, clock)
-        await store.files.tidy()
-        mark = folder / _IN_ORDER
-        await store.requests.read_marks(mark.exists())
-        if mark.exists():
-            # Before anything is sent: the next end may be another one.
-            mark.unlink()
-            synchronise(folder)
-        disk.restore()
+        with disk.errors():
+            await store.files.tidy()
+            mark = folder / _IN_ORDER
+            await store.requests.read_marks(mark.exists())
+            if mark.exists():
+                # Before anything is sent: the next end may be another one.
+                mark.unlink()
+                synchronise(folder)
+            disk.restore()
         yield store
 
 

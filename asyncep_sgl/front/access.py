@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import ipaddress
 import secrets
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from asyncep_router.keys import NOBODY, Caller, Keys
@@ -17,7 +15,6 @@ from asyncep_sgl.front.asgi import App, Receive, Refusal, Scope, Send, header, r
 from asyncep_sgl.front.caller import caller
 from asyncep_sgl.front.endpoints import Access, rule_of
 
-_LONGEST_BURST_SECONDS = 10.0
 _SERVER = Caller("asyncep", admin=True)
 
 
@@ -129,35 +126,3 @@ class AccessGate:
             await self.app(scope, receive, send)
         finally:
             caller.reset(token)
-
-
-@dataclass
-class Rates:
-    """Prompts a second of each caller that has a limit: a bucket that fills with time. Not thread-safe.
-
-    Attributes:
-        clock: seconds.
-    """
-
-    clock: Callable[[], float] = time.monotonic
-    _buckets: dict[str, tuple[float, float]] = field(default_factory=dict)
-
-    def take(self, who: Caller, prompts: int) -> float:
-        """Counts prompts of a caller; answers after how many seconds it may ask, 0 for now.
-
-        A bucket holds what ten seconds fill. A request larger than that is admitted when the bucket is full, and the
-        bucket is then in debt.
-        """
-        rate = who.prompts_per_second
-        if rate is None:
-            return 0.0
-        now = self.clock()
-        most = rate * _LONGEST_BURST_SECONDS
-        level, at = self._buckets.get(who.name, (most, now))
-        level = min(most, level + (now - at) * rate)
-        needed = min(float(prompts), most)
-        if level < needed:
-            self._buckets[who.name] = (level, now)
-            return (needed - level) / rate
-        self._buckets[who.name] = (level - prompts, now)
-        return 0.0

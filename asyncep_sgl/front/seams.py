@@ -10,8 +10,9 @@ from typing import Any
 from fastapi import HTTPException
 from sglang.srt.plugins.hook_registry import HookType
 
+from asyncep_router.rates import Rates
+from asyncep_sgl.batches.mark import in_batch
 from asyncep_sgl.config import AsyncEPConfig
-from asyncep_sgl.front.access import Rates
 from asyncep_sgl.front.asgi import Refusal
 from asyncep_sgl.front.caller import caller
 from asyncep_sgl.front.fields import Bounds, answer_values, check_request
@@ -26,6 +27,8 @@ _ABORTED = 409
 _OWNER = "asyncep_owner"
 
 _rates = Rates()
+BATCH_RATES = Rates()
+"""Of lines of batches: a batch waits where its owner's requests get 429, so that neither uses up the other's rate."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -60,7 +63,9 @@ def admit(manager: Any, request: Any, config: AsyncEPConfig) -> None:
             "labels with /v1/score, or start the server with --is-embedding for a model that has one"
         )
     prompts = check_request(request, _bounds(manager.model_config.vocab_size, manager.context_len, config))
-    if (seconds := _rates.take(caller.get(), prompts)) > 0:
+    if in_batch.get():
+        BATCH_RATES.charge(caller.get(), prompts)
+    elif (seconds := _rates.take(caller.get(), prompts)) > 0:
         raise HTTPException(
             429,
             f"this key's rate is used up (prompts_per_second); send {prompts} prompts again in {seconds:.1f} s",

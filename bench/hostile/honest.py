@@ -119,6 +119,14 @@ class Tally:
             "p50_s": at(0.5),
             "p95_s": at(0.95),
             "max_s": at(1.0),
+            # Seconds taken, and when they began on the clock of the run.
+            "slowest": sorted(
+                (
+                    (round(took, 2), round(at - self.began[0], 1))
+                    for took, at in zip(self.seconds, self.began, strict=True)
+                ),
+                reverse=True,
+            )[:10],
             "refusals": dict(self.refusals.most_common(5)),
             "losses": dict(self.losses),
             "faults": self.faults,

@@ -85,6 +85,37 @@ class Watch:
         return {name: [asdict(sample) for sample in series] for name, series in self.series.items()}
 
 
+class Lateness:
+    """How late the clients' own event loop was: what they measure has that in it."""
+
+    _EVERY, _NOTED = 0.05, 0.5
+
+    def __init__(self) -> None:
+        self.longest = 0.0
+        self.stops: list[tuple[float, float]] = []
+        self._began = time.monotonic()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Lateness:
+        self._task = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._task is not None
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _run(self) -> None:
+        while True:
+            at = time.monotonic()
+            await asyncio.sleep(self._EVERY)
+            late = time.monotonic() - at - self._EVERY
+            self.longest = max(self.longest, late)
+            if late > self._NOTED:
+                self.stops.append((round(at - self._began, 1), round(late, 2)))
+
+
 def growth(series: Sequence[Sample], settled: float, share: float = 0.15) -> float | None:
     """Memory at the end over memory once settled, as a ratio less one; medians of stretches, since samples jump.
 

@@ -97,6 +97,10 @@ class Keys:
             holders[key] = caller
         return Keys(holders)
 
+    def named(self, name: str) -> Caller | None:
+        """The caller of this name; None where no key is theirs."""
+        return next((caller for caller in self.holders.values() if caller.name == name), None)
+
     def holder(self, authorization: str | None) -> Caller | None:
         """The caller whose key an ``Authorization`` header carries; None if it carries none that is known.
 

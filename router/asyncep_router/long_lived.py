@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import threading
+import time
+
+# Of glibc's malloc.h. Blocks of this size get pages of their own, which go back when the block is freed; said once, it
+# stays, while glibc's own bound grows up to 32 MB with the blocks that it sees freed.
+_M_MMAP_THRESHOLD, _OWN_PAGES = -3, 1 << 20
+_TRIM_SECONDS = 15.0
 
 
 def settle() -> None:
@@ -14,3 +22,22 @@ def settle() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
+
+
+def return_memory() -> None:
+    """Gives free memory back to the operating system from now on, in a thread; does nothing without glibc.
+
+    glibc gives back only what is free at the end of a heap. One small object that stays behind a large request keeps
+    all of it, and a process that takes many large ones grows to a multiple of what it holds.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
+        return
+    libc.mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
+
+    def trim() -> None:
+        while True:
+            time.sleep(_TRIM_SECONDS)
+            libc.malloc_trim(0)
+
+    threading.Thread(target=trim, name="trim", daemon=True).start()

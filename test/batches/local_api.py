@@ -16,7 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from asyncep_router.keys import NOBODY, Caller
+from asyncep_router.keys import NOBODY, Caller, Keys
+from asyncep_router.rates import Rates
 from asyncep_sgl.batches.api import BatchApi
 from asyncep_sgl.batches.bounds import Bounds
 from asyncep_sgl.batches.mark import in_batch
@@ -94,6 +95,8 @@ async def api(
     answer: Answer = twice,
     bounds: Bounds | None = None,
     callers: dict[str, Caller] | None = None,
+    keys: Keys | None = None,
+    rates: Rates | None = None,
     most: int = 8,
 ) -> AsyncIterator[Api]:
     """The application on a folder; the header ``who`` says who calls."""
@@ -105,7 +108,7 @@ async def api(
         return Response(json.dumps(body), status, media_type="application/json")
 
     app = Starlette(routes=[Route(PATH, endpoint, methods=["POST"])])
-    batches = BatchApi(app, folder, "model", most=most, bounds=bounds)
+    batches = BatchApi(app, folder, "model", most=most, bounds=bounds, keys=keys, rates=rates)
     app.routes.extend(batches.routes())
 
     class Who:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,8 @@ def test_deletes_and_cancels_on_a_full_disk(small: Path) -> None:
             await client.until(batches[-1]["id"], found=lambda b: b["status"] == "in_progress")
             fill(small)
             for batch in batches:
+                # Others take what the one before gave up.
+                fill(small)
                 answer = await client.call("POST", f"/v1/batches/{batch['id']}/cancel")
                 assert answer.status_code == 200, answer.text
                 assert answer.json()["status"] == "cancelling"
@@ -148,6 +151,26 @@ def test_deletes_and_cancels_on_a_full_disk(small: Path) -> None:
                 assert done["status"] == "cancelled"
                 lines = await client.lines(done["output_file_id"]) + await client.lines(done["error_file_id"])
                 assert len(lines) == 20
+
+    asyncio.run(run())
+
+
+def test_lists_and_ageing_on_a_full_disk_without_a_reserve(small: Path) -> None:
+    async def run() -> None:
+        async with api(small / "state", bounds=NO_FLOOR) as client:
+            ids = [(await client.upload(b"x" * 30_000)).json()["id"] for _ in range(20)]
+            store = client.batches._opened[0]  # type: ignore[index]
+            (small / "state" / "ballast").unlink()
+            fill(small)
+            later = time.time() + 31 * 86400
+            store._clock = store.files._clock = lambda: later
+            listed = await client.call("GET", "/v1/files")
+            assert listed.status_code == 200, listed.text
+            # They have had their time, whether or not it could be written down.
+            assert listed.json()["data"] == []
+            await store.sweep()
+            assert not [id for id in ids if store.files.path(id).exists()]
+            assert not store.ledger.used.total()
 
     asyncio.run(run())
 

@@ -155,6 +155,7 @@ def test_answers_count_once(groups: list[list[int]], final: Any) -> None:
             async with open_store(Path(folder)) as store:
                 batch = await order(store, 8)
                 requests, _ = read_lines(content(8).splitlines(keepends=True), PATH)
+                await store.read(batch.id, 100, len(requests))
                 await store.accept(batch.id, requests)
             first: dict[int, int] = {}
             for place, numbers in enumerate(groups):

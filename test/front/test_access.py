@@ -7,12 +7,10 @@ import itertools
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from asyncep_router.keys import NOBODY, Caller, Keys
 from asyncep_sgl.batches.mark import in_batch
-from asyncep_sgl.front.access import AccessGate, Policy, Rates, is_local
+from asyncep_sgl.front.access import AccessGate, Policy, is_local
 from asyncep_sgl.front.asgi import Refusal
 from asyncep_sgl.front.caller import caller
 from asyncep_sgl.front.endpoints import ENDPOINTS, INFERENCE, Access, endpoint_of, rule_of
@@ -165,27 +163,3 @@ def test_websockets_are_closed() -> None:
     sent, seen = asyncio.run(_through(Policy(Keys()), {"type": "websocket", "path": "/v1/realtime", "headers": []}))
     assert not seen
     assert sent[0]["type"] == "websocket.close"
-
-
-@given(
-    rate=st.floats(0.1, 1000),
-    asks=st.lists(st.tuples(st.floats(0, 20), st.integers(1, 500)), max_size=40),
-)
-def test_nobody_gets_more_than_their_rate(rate: float, asks: list[tuple[float, int]]) -> None:
-    now = 0.0
-    rates = Rates(clock=lambda: now)  # it is to see the time move
-    who = Caller("ann", prompts_per_second=rate)
-    taken = 0
-    for pause, prompts in asks:
-        now += pause
-        wait = rates.take(who, prompts)
-        if wait == 0:
-            taken += prompts
-        else:
-            # Told to come again then, it is admitted then.
-            then = now + wait * 1.001 + 1e-6
-            later = Rates(clock=lambda then=then: then, _buckets=dict(rates._buckets))  # type: ignore[misc]
-            assert later.take(who, prompts) == 0
-        assert rates.take(Caller("bob"), 10**9) == 0
-        # What ten seconds fill, what has passed, and one request that may be larger than the bucket.
-        assert taken <= rate * (10 + now) + 500

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import os
 import signal
 import threading
@@ -175,6 +176,37 @@ def test_a_rate_is_kept(server: Server) -> None:
     answer = _ask(server, "/generate", BOB, json=body)
     assert (answer.status_code, "prompts_per_second" in answer.text) == (429, True)
     _honest(server)
+
+
+def _order(server: Server, who: dict[str, str], count: int) -> dict[str, Any]:
+    body = {"text": "a", **_PREFILL}
+    lines = [{"custom_id": str(n), "method": "POST", "url": "/generate", "body": body} for n in range(count)]
+    data = "\n".join(json.dumps(line) for line in lines).encode()
+    file = _ask(server, "/v1/files", who, data={"purpose": "batch"}, files={"file": ("rows.jsonl", data)}).json()
+    order = {"input_file_id": file["id"], "endpoint": "/generate", "completion_window": "1h"}
+    batch: dict[str, Any] = _ask(server, "/v1/batches", who, json=order).json()
+    return batch
+
+
+def _ended(server: Server, who: dict[str, str], batch_id: str) -> dict[str, Any]:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        batch: dict[str, Any] = _ask(server, f"/v1/batches/{batch_id}", who, method="GET").json()
+        if batch["status"] in ("completed", "failed", "cancelled", "expired"):
+            return batch
+        time.sleep(0.1)
+    raise TimeoutError(batch_id)
+
+
+def test_a_rate_is_kept_by_batches_too(server: Server) -> None:
+    """What a batch has taken beyond its owner's rate the next one waits for; others' batches do not."""
+    assert _ended(server, BOB, _order(server, BOB, 60)["id"])["request_counts"]["completed"] == 60
+    held = _order(server, BOB, 1)
+    assert _ended(server, ANN, _order(server, ANN, 5)["id"])["request_counts"]["completed"] == 5
+    now = _ask(server, f"/v1/batches/{held['id']}", BOB, method="GET").json()
+    assert (now["status"], now["request_counts"]["completed"]) == ("in_progress", 0)
+    assert _ask(server, f"/v1/batches/{held['id']}/cancel", BOB).status_code == 200
+    assert _ended(server, BOB, held["id"])["request_counts"]["failed"] == 1
 
 
 def test_only_ones_own_requests_are_ended_and_their_clients_told(server: Server) -> None:

@@ -19,10 +19,9 @@ from asyncep_router.http.access import Access, Right, loopback
 from asyncep_router.http.errors import Forbidden, Refusal, Unauthorized
 from asyncep_router.http.flags import parse
 from asyncep_router.http.public import public, public_name
-from asyncep_router.http.rates import Rates
 from asyncep_router.http.routes import ROUTES
 from asyncep_router.http.worker_urls import normalize, worker_key
-from asyncep_router.keys import Caller, Keys
+from asyncep_router.keys import Keys
 from asyncep_router.launch_server import parse as parse_launch
 from asyncep_router.process_title import masked
 from router_http.harness import NullWorker, RouterProcess, wait_for
@@ -203,28 +202,6 @@ def test_servers_of_launch_server_get_their_keys_by_environment(tmp_path: Path) 
     assert several.router.key_for_workers not in {None, "k1", "k2"}
     stock = parse_launch(["--model-path", "m", "--router-worker-command", "sglang", "--api-key", CLIENT])
     assert CLIENT in stock.commands[0]
-
-
-@given(st.lists(st.tuples(st.floats(0, 5), st.integers(1, 60)), max_size=40))
-def test_rates_hold(events: list[tuple[float, int]]) -> None:
-    now, taken, largest = 0.0, 0, 0
-    rates = Rates(lambda: now)
-    caller = Caller("one", prompts_per_second=2.0)
-    for gap, prompts in events:
-        now += gap
-        wait = rates.take(caller, prompts)
-        if wait == 0:
-            taken += prompts
-            largest = max(largest, prompts)
-        else:
-            later, before = now + wait, now
-            now = later
-            assert rates.take(caller, prompts) == 0
-            taken += prompts
-            largest = max(largest, prompts)
-            now = max(before, later)
-        assert taken <= 20 + 2.0 * now + largest + 1e-6
-    assert rates.take(Caller("other"), 10**9) == 0
 
 
 # The process

@@ -33,11 +33,11 @@ from asyncep_router.http.errors import (
 )
 from asyncep_router.http.generate import plan_generate
 from asyncep_router.http.plans import Forward, Plan, bytes_prompt, parse, plan_completion, plan_opaque
-from asyncep_router.http.rates import Rates
 from asyncep_router.http.relay import Context
 from asyncep_router.http.request_ids import request_id
 from asyncep_router.http.routes import INFERENCE, Route, find
 from asyncep_router.http.score import plan_score
+from asyncep_router.rates import Rates
 
 if TYPE_CHECKING:
     import aiohttp

@@ -19,7 +19,7 @@ from asyncep_router.errors import ConfigError
 from asyncep_router.http.app import App
 from asyncep_router.http.connections import LimitedServer
 from asyncep_router.http.router import Router
-from asyncep_router.long_lived import settle
+from asyncep_router.long_lived import return_memory, settle
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -72,6 +72,7 @@ async def _serve(options: RouterOptions, beside: Callable[[], Awaitable[None]] |
             metrics_site = web.TCPSite(scrape, options.metrics_host, options.prometheus_port)
             await _start(metrics_site, "--prometheus-port", options.prometheus_port)
         settle()
+        return_memory()
         logger.info("listening on %s:%d, policy %s", options.host, options.port, options.policy)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
