@@ -154,6 +154,10 @@ def _prepare(
     tokens = None
     if cuda is None:
         environment |= _cpu_environment(cpus)
+        if "--enable-torch-compile" not in options.passed:
+            # A request's repetition_penalty or seed is computed by functions that SGLang has compiled when they are first
+            # called: half a minute of the compiler in which the rank answers nobody.
+            environment["TORCHDYNAMO_DISABLE"] = "1"
         tokens = _cpu_kv_tokens(options, model_config)
     else:
         environment |= {"ASYNCEP_PLATFORM": "off", **cuda.environment}

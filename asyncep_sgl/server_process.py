@@ -183,7 +183,7 @@ def _serve(arguments: list[str], config: AsyncEPConfig, door: Door) -> None:
             )
         if "rare-collections" not in config.without:
             settle()
-        # Not before: ranks are forked from this process, and for their large tensors this would be slow.
+        # Ranks keep theirs (`host.COMPUTING`). They are there by now, and others are forked from a template.
         return_memory()
         _ask(address, Serving(url), Done)
         batches.begin()

@@ -9,7 +9,7 @@ import time
 
 # Of glibc's malloc.h. Blocks of this size get pages of their own, which go back when the block is freed; said once, it
 # stays, while glibc's own bound grows up to 32 MB with the blocks that it sees freed.
-_M_MMAP_THRESHOLD, _OWN_PAGES = -3, 1 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _OWN_PAGES = -1, -3, 1 << 20
 _TRIM_SECONDS = 15.0
 
 
@@ -33,7 +33,8 @@ def return_memory() -> None:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "malloc_trim"):
         return
-    libc.mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
+    for bound in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+        libc.mallopt(bound, _OWN_PAGES)
 
     def trim() -> None:
         while True:

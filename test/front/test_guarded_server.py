@@ -26,13 +26,24 @@ _ECHO = {"model": "m", "prompt": "a", "max_tokens": 0, "echo": True, "logprobs":
 
 
 @pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where PyTorch's compiler writes what it makes."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
 def server(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path], serve: Callable[..., Server]
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[..., Path],
+    serve: Callable[..., Server],
+    compiled: Path,
 ) -> Server:
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.touch(mode=0o600)
     keys.write_text(f"ann {CLIENT_KEY}\nbob {SLOW_KEY} prompts_per_second=0.5\neve {LEFT_KEY}\n")
-    return serve(tiny_model(), "--api-key-file", str(keys), "--admin-api-key", ADMIN_KEY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+        return serve(tiny_model(), "--api-key-file", str(keys), "--admin-api-key", ADMIN_KEY)
 
 
 def _ask(server: Server, path: str, headers: dict[str, str], **how: Any) -> httpx.Response:
@@ -168,6 +179,26 @@ def _command_lines(server: Server) -> list[list[str]]:
         except psutil.NoSuchProcess:
             continue
     return found
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"repetition_penalty": 1.5},
+        {"presence_penalty": 0.5, "frequency_penalty": 0.5},
+        {"sampling_seed": 7, "temperature": 0.7},
+        {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.05},
+        {"min_new_tokens": 1, "logit_bias": {"5": 1.0}},
+    ],
+    ids=lambda sampling: "+".join(sampling),
+)
+def test_no_field_starts_a_compiler(server: Server, compiled: Path, sampling: dict[str, Any]) -> None:
+    """A rank that compiles answers nobody meanwhile, for half a minute."""
+    for count in (1, 3):
+        body = {"text": ["a b c"] * count, "sampling_params": {"max_new_tokens": 1, **sampling}}
+        answer = _ask(server, "/generate", ANN, json=body)
+        assert answer.status_code == 200, answer.text
+    assert not list(compiled.rglob("*.cpp"))
 
 
 def test_a_rate_is_kept(server: Server) -> None:
