@@ -155,8 +155,8 @@ def _prepare(
     if cuda is None:
         environment |= _cpu_environment(cpus)
         if "--enable-torch-compile" not in options.passed:
-            # A request's repetition_penalty or seed is computed by functions that SGLang has compiled when they are first
-            # called: half a minute of the compiler in which the rank answers nobody.
+            # What SGLang computes for a request's repetition_penalty or seed it has compiled at the first such request:
+            # half a minute in which the rank answers nobody.
             environment["TORCHDYNAMO_DISABLE"] = "1"
         tokens = _cpu_kv_tokens(options, model_config)
     else:
