@@ -53,6 +53,7 @@ class ServeOptions:
         decode: what to do with requests that would decode.
         kernels: whose kernels compute.
         transport: where GPUs' experts lie, see `cuda_serving`.
+        strategy: how experts and tokens come together; None is what the other flags ask for.
         nodes, node, rendezvous: hosts that share the experts, which of them this is, ``host:port`` of node 0.
         copies, resident_layers, resident_experts, gather_depth, margin, verify, patience_seconds: the group's, see
             `GroupConfig`.
@@ -82,6 +83,7 @@ class ServeOptions:
     decode: Decode
     kernels: Kernels
     transport: Transport
+    strategy: str | None
     nodes: int
     node: int
     rendezvous: str
@@ -176,6 +178,13 @@ def parse(arguments: Sequence[str]) -> ServeOptions:
         default="auto",
         help="on GPUs: cuda keeps a part of the experts in each GPU and gathers from the others, pinned keeps them in "
         "host memory (default auto: cuda where they fit); has not run on a GPU yet",
+    )
+    group.add_argument(
+        "--asyncep-strategy",
+        metavar="NAME",
+        help="how experts and tokens come together: replicated (this host's memory has all experts), asyncep (each "
+        "host or GPU keeps a part and gathers the rest ahead of the computation), or MODULE:CLASS of your own "
+        "(docs/strategies.md). Default: asyncep where other flags divide the experts, else replicated",
     )
     group.add_argument(
         "--asyncep-threshold-tokens",
@@ -326,6 +335,7 @@ def parse(arguments: Sequence[str]) -> ServeOptions:
         decode=known.asyncep_decode,
         kernels=known.asyncep_kernels,
         transport=known.asyncep_transport,
+        strategy=known.asyncep_strategy,
         nodes=known.nnodes,
         node=known.node_rank,
         rendezvous=known.dist_init_addr,
@@ -405,8 +415,6 @@ def _refuse_impossible_group(known: argparse.Namespace) -> None:
             "--asyncep-gather-depth at least 1, --asyncep-resident-layers at least 0 and --asyncep-margin above 0 are "
             "needed"
         )
-    if known.asyncep_expert_memory is not None and known.asyncep_kernels != "ours":
-        raise UsageError("--asyncep-kernels sglang: only our kernels read gathered experts; leave the flag out")
     if nodes == 1:
         return
     if known.asyncep_expert_memory is not None:
@@ -416,8 +424,6 @@ def _refuse_impossible_group(known: argparse.Namespace) -> None:
         raise UsageError(
             f"--dist-init-addr {known.dist_init_addr!r}: with --nnodes {nodes} give node 0's address as HOST:PORT"
         )
-    if known.asyncep_kernels != "ours":
-        raise UsageError("--asyncep-kernels sglang: only our kernels read gathered experts; leave the flag out")
 
 
 def parse_savings(text: str) -> tuple[Saving, ...]:
@@ -484,7 +490,7 @@ def sglang_arguments(
     Args:
         cpu: the plain-CPU platform is in use.
         max_total_tokens: KV cache size of a rank in tokens; None leaves it to SGLang.
-        extra: flags with their values that a GPU needs, see `cuda_serving`.
+        extra: flags with their values that the strategy or a GPU needs.
     """
     arguments = [
         "--model-path", options.model,
@@ -530,11 +536,7 @@ def sglang_arguments(
         unless_given("--kv-events-config", '{"publisher": "asyncep"}')
         if "--page-size" not in extra:
             unless_given("--page-size", "16")
-    by_flops = options.nodes > 1 or options.expert_memory is not None
-    if by_flops:
-        # The tokens of a batch are only the bound that memory sets.
-        unless_given("--chunked-prefill-size", "16384")
-    if by_flops or (cpu and given("--chunked-prefill-size")):
+    if cpu and given("--chunked-prefill-size") and "--mem-fraction-static" not in extra:
         # SGLang would keep memory free for a GPU's graphs in proportion to that, more than a small host has.
         unless_given("--mem-fraction-static", "0.8")
     if cpu:

@@ -57,6 +57,7 @@ class GroupConfig(msgspec.Struct, frozen=True, kw_only=True):
         patience_seconds: how long requests wait for a host that went away before they are refused.
         devices: ranks of this host that each keep a part of the experts in a device's memory; 1 divides nothing.
         lanes: side streams of a device's gather.
+        gathers: whether a rank lacks experts of any layer, see `asyncep_sgl.experts.holdings`.
     """
 
     nodes: int = 1
@@ -75,10 +76,11 @@ class GroupConfig(msgspec.Struct, frozen=True, kw_only=True):
     patience_seconds: float = 30.0
     devices: int = 1
     lanes: int = 1
+    gathers: bool = False
 
     @property
-    def gathers(self) -> bool:
-        """Whether experts have to be fetched at all."""
+    def divides(self) -> bool:
+        """Whether the experts may lie elsewhere than in memory that every rank of the host reads."""
         return self.nodes > 1 or self.memory_limit is not None or self.devices > 1
 
 
@@ -101,6 +103,7 @@ class AsyncEPConfig(msgspec.Struct, frozen=True, kw_only=True):
         file_bytes, file_days, disk_floor: what its files may take, see `asyncep_sgl.batches.bounds.Bounds`.
         kernels: whose experts and attention compute on a CPU: this project's, or the torch code SGLang has.
         without: savings of processor time that are left out.
+        strategy: how experts and tokens come together, see `asyncep_sgl.strategies.registry`.
         transport: where the experts lie: ``host`` in the host's memory for CPUs, ``cuda`` in the devices' memory, a
             part each, ``pinned`` in the host's memory for devices.
         front: bounds on what clients may ask.
@@ -118,6 +121,7 @@ class AsyncEPConfig(msgspec.Struct, frozen=True, kw_only=True):
     group: GroupConfig = GroupConfig()
     version: str = ""
     log_gathers: bool = False
+    strategy: str = "replicated"
     transport: Literal["host", "cuda", "pinned"] = "host"
     batch_folder: str = ""
     file_bytes: int = 20 * 10**9

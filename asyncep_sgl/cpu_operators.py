@@ -17,6 +17,8 @@ from asyncep_kernels.rotary import cpu as rotary
 from asyncep_kernels.routing import cpu as routing
 from asyncep_kernels.workspace import Workspace
 from asyncep_sgl.errors import SeamError
+from asyncep_sgl.strategies import current
+from asyncep_sgl.strategies.base import ExpertLayer, TopK
 
 _SERVED = (torch.bfloat16, torch.float32)
 # A rank computes one batch at a time, layer after layer: one workspace serves all layers.
@@ -29,19 +31,26 @@ def around_moe_forward_native(
     """AROUND ``sglang.srt.layers.moe.fused_moe_native.moe_forward_native``: SiLU-gated experts without biases.
 
     Args:
-        layer: a ``FusedMoE`` whose ``w13_weight`` is ``(E, 2I, H)`` and ``w2_weight`` ``(E, H, I)``; where experts are
-            gathered, ``asyncep_experts`` is their table and the tensors have rows that hold nothing.
+        layer: a ``FusedMoE`` whose ``w13_weight`` is ``(E, 2I, H)`` and ``w2_weight`` ``(E, H, I)``.
         x: ``(T, H)``.
+
+    Raises:
+        SeamError: our kernels do not serve the layer and the strategy keeps its experts elsewhere.
     """
-    table = getattr(layer, "asyncep_experts", None)
+    strategy = current.rank()
     if not _is_ours(layer, x, moe_runner_config):
-        if table is not None:
-            raise SeamError(f"layer {layer.layer_id} gathers its experts, and SGLang's own operator would not see them")
+        if strategy is not None and not strategy.in_place(layer.layer_id):
+            raise SeamError(f"layer {layer.layer_id}: SGLang's own operator would not see where its experts lie")
         return original(layer, x, topk_output, moe_runner_config)
     weights, ids, *_ = topk_output
-    if table is None:
-        table = ExpertTable(layer.w13_weight.data, layer.w2_weight.data)
-    return moe.moe(x, ids, weights, table, workspace=_workspace)
+    own = ExpertTable(layer.w13_weight.data, layer.w2_weight.data)
+    if strategy is None:
+        return _compute(x, TopK(ids, weights), own)
+    return strategy.moe(ExpertLayer(layer.layer_id, own, _compute), x, TopK(ids, weights))
+
+
+def _compute(hidden: torch.Tensor, topk: TopK, experts: ExpertTable) -> torch.Tensor:
+    return moe.moe(hidden, topk.ids, topk.weights, experts, workspace=_workspace)
 
 
 def _is_ours(layer: Any, x: torch.Tensor, config: Any) -> bool:

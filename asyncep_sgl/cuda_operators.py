@@ -11,6 +11,8 @@ from asyncep_kernels.moe.pointers import PointerTable, pointer_table
 from asyncep_kernels.moe.table import ExpertTable
 from asyncep_kernels.workspace import Workspace
 from asyncep_sgl.errors import SeamError
+from asyncep_sgl.strategies import current
+from asyncep_sgl.strategies.base import ExpertLayer, TopK
 
 # A rank computes one batch at a time on one stream, layer after layer: one workspace serves all layers.
 _workspace = Workspace()
@@ -20,24 +22,23 @@ def around_forward_cuda(original: Callable[..., Any], method: Any, layer: Any, d
     """AROUND ``UnquantizedFusedMoEMethod.forward_cuda``: SiLU-gated experts in bf16 without biases.
 
     Args:
-        layer: a ``FusedMoE`` whose ``w13_weight`` is ``(E, 2I, H)`` and ``w2_weight`` ``(E, H, I)``; where experts are
-            gathered, ``asyncep_experts`` is their table and the tensors have rows that must not be touched.
+        layer: a ``FusedMoE`` whose ``w13_weight`` is ``(E, 2I, H)`` and ``w2_weight`` ``(E, H, I)``.
         dispatch_output: its ``hidden_states`` are ``(T, H)``.
+
+    Raises:
+        SeamError: our kernel does not serve the layer and the strategy keeps its experts elsewhere.
     """
-    hidden = dispatch_output.hidden_states
-    table = getattr(layer, "asyncep_experts", None)
+    hidden, strategy = dispatch_output.hidden_states, current.rank()
     if not _is_ours(method, layer, dispatch_output):
-        if table is not None:
-            raise SeamError(f"layer {layer.layer_id} gathers its experts, and SGLang's own operator would not see them")
+        if strategy is not None and not strategy.in_place(layer.layer_id):
+            raise SeamError(f"layer {layer.layer_id}: SGLang's own operator would not see where its experts lie")
         return original(method, layer, dispatch_output)
     weights, ids, *_ = dispatch_output.topk_output
     from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 
-    from asyncep_kernels.moe.triton import moe
-
-    return StandardCombineInput(
-        hidden_states=moe(hidden, ids, weights, _pointers(layer, table, hidden.device), workspace=_workspace)
-    )
+    ours, topk = _expert_layer(layer), TopK(ids, weights)
+    computed = ours.compute(hidden, topk, ours.own) if strategy is None else strategy.moe(ours, hidden, topk)
+    return StandardCombineInput(hidden_states=computed)
 
 
 def around_device_loading(original: Callable[..., Any], module: Any, target_device: torch.device) -> Any:
@@ -51,17 +52,24 @@ def around_device_loading(original: Callable[..., Any], module: Any, target_devi
     return original(module, target_device)
 
 
-def _pointers(layer: Any, table: ExpertTable | None, device: torch.device) -> PointerTable:
-    """Addresses of a table, made once for each layer and slot."""
-    kept: dict[int, tuple[ExpertTable, PointerTable]] | None = getattr(layer, "asyncep_pointers", None)
-    if kept is None:
-        kept = layer.asyncep_pointers = {}
-    key = 0 if table is None else id(table)
-    if key not in kept:
-        made = ExpertTable(layer.w13_weight.data, layer.w2_weight.data) if table is None else table
-        # The table is kept too: another at its address would be taken for it.
-        kept[key] = (made, pointer_table(made, device))
-    return kept[key][1]
+def _expert_layer(layer: Any) -> ExpertLayer:
+    """A layer as its strategy sees it, made once: addresses are kept for each of its tables, one for each slot."""
+    known: ExpertLayer | None = getattr(layer, "asyncep_layer", None)
+    if known is not None:
+        return known
+    kept: dict[int, tuple[ExpertTable, PointerTable]] = {}
+
+    def compute(hidden: torch.Tensor, topk: TopK, experts: ExpertTable) -> torch.Tensor:
+        from asyncep_kernels.moe.triton import moe
+
+        if id(experts) not in kept:
+            # The table is kept too: another at its address would be taken for it.
+            kept[id(experts)] = (experts, pointer_table(experts, hidden.device))
+        return moe(hidden, topk.ids, topk.weights, kept[id(experts)][1], workspace=_workspace)
+
+    own = ExpertTable(layer.w13_weight.data, layer.w2_weight.data)
+    made = layer.asyncep_layer = ExpertLayer(layer.layer_id, own, compute)
+    return made
 
 
 def _is_ours(method: Any, layer: Any, dispatch_output: Any) -> bool:

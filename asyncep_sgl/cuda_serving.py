@@ -123,12 +123,10 @@ def plan(
             margin=options.margin,
             threshold_tokens=options.threshold_tokens,
         )
-    if options.kernels != "ours" and group.gathers:
-        raise UsageError("--asyncep-kernels sglang: only our kernels read gathered experts; leave the flag out")
     attention = choose(host, needs_of(config), requested=_requested(options.passed))
     # The layout of weights that our kernels and the store expect.
     flags = [*attention.flags, "--moe-runner-backend", "triton"]
-    if group.gathers:
+    if group.divides:
         # Batches are cut by FLOPs there; the tokens of a batch are only the bound that memory sets.
         flags += ["--chunked-prefill-size", str(MOST_TOKENS)]
     environment = {

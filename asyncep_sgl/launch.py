@@ -12,6 +12,8 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from asyncep_kernels.native import isa
 from asyncep_router.process_title import hide_keys
 from asyncep_sgl import listening
@@ -21,7 +23,7 @@ from asyncep_sgl.cuda_host import find_gpus, installed
 from asyncep_sgl.cuda_serving import CudaPlan, plan
 from asyncep_sgl.errors import AsyncEPError, UsageError
 from asyncep_sgl.experts.fingerprint import checkpoint_fingerprint
-from asyncep_sgl.experts.link import link_environment
+from asyncep_sgl.experts.holdings import gathers, moe_layers
 from asyncep_sgl.experts.segment import OwnedSegment
 from asyncep_sgl.experts.server import StoreServer
 from asyncep_sgl.front.key_memory import KEY_FLAGS, hand_on, without_keys
@@ -32,6 +34,7 @@ from asyncep_sgl.platform.detect import activate
 from asyncep_sgl.report import startup_report
 from asyncep_sgl.run_directory import run_directory
 from asyncep_sgl.stop_signals import Stopped, StopSignals
+from asyncep_sgl.strategies import registry
 from asyncep_sgl.supervisor import Supervisor
 
 logger = logging.getLogger("asyncep")
@@ -82,11 +85,13 @@ def serve(options: ServeOptions, signals: StopSignals | None = None) -> int:
     model_config = read_config(options.model, options.revision)
     check_supported(model_config, device="cpu" if cpu else "cuda")
     cuda = None if cpu else _plan_cuda(options, model_config)
+    group = _group(options, model_config, cuda)
+    registry.find(_strategy(options, group)).refuse(options, group)
     check_batch_folder(options)
     # The front has them until its end; what would keep it from listening is known before anything is started.
     listeners = listening.bind(options.host, options.port)
     with run_directory() as directory:
-        supervisor = _prepare(directory, options, model_config, started, cuda)
+        supervisor = _prepare(directory, options, model_config, group, started, cuda)
         supervisor.listeners = listeners
         supervisor.environment = {**supervisor.environment, **listening.hand_on(listeners)}
         supervisor.signals = signals or supervisor.signals
@@ -104,7 +109,12 @@ def _plan_cuda(options: ServeOptions, model_config: dict[str, Any]) -> CudaPlan:
 
 
 def _prepare(
-    directory: Path, options: ServeOptions, model_config: dict[str, Any], started: float, cuda: CudaPlan | None
+    directory: Path,
+    options: ServeOptions,
+    model_config: dict[str, Any],
+    group: GroupConfig,
+    started: float,
+    cuda: CudaPlan | None,
 ) -> Supervisor:
     on_devices = cuda is not None and cuda.transport == "cuda"
     store = StoreServer(options.ranks, options.store_limit, devices=on_devices, directory=directory)
@@ -128,7 +138,8 @@ def _prepare(
         cpus=cpus if cuda is None else (),
         load_board=load_board.path,
         router=router,
-        group=_group(options, store.address) if cuda is None else cuda.group,
+        group=msgspec.structs.replace(group, exporter_address=f"{store.address}-exporter"),
+        strategy=_strategy(options, group),
         transport="host" if cuda is None else cuda.transport,
         version=package_version("asyncep-sgl"),
         log_gathers=options.log_gathers,
@@ -142,6 +153,7 @@ def _prepare(
         front=options.front,
         keys=keys.path,
     )
+    strategy = registry.of(config)
     environment = {
         **_AT_AN_END,
         **without_keys(os.environ),
@@ -161,15 +173,18 @@ def _prepare(
         tokens = _cpu_kv_tokens(options, model_config)
     else:
         environment |= {"ASYNCEP_PLATFORM": "off", **cuda.environment}
-    if options.nodes > 1:
-        environment |= link_environment(options.rendezvous, os.environ)
+    environment |= strategy.environment(os.environ)
     command = [
         sys.executable,
         "-m",
         "asyncep_sgl.server_process",
-        *sglang_arguments(options, cpu=cuda is None, max_total_tokens=tokens, extra=() if cuda is None else cuda.flags),
+        *sglang_arguments(
+            options,
+            cpu=cuda is None,
+            max_total_tokens=tokens,
+            extra=strategy.sglang_flags() if cuda is None else cuda.flags,
+        ),
     ]
-    exporter = [sys.executable, "-m", "asyncep_sgl.experts.exporter"] if options.nodes > 1 else None
     if cuda is None and not isa.computes_bf16() and _item_bytes(options, model_config) == 2:
         logger.warning(
             "this CPU has no instructions for bfloat16 and computes it many times more slowly than float32; with "
@@ -191,7 +206,13 @@ def _prepare(
         )
 
     return Supervisor(
-        store, command, environment, options.grace_seconds, report, ranks_restart=router is not None, exporter=exporter
+        store,
+        command,
+        environment,
+        options.grace_seconds,
+        report,
+        ranks_restart=router is not None,
+        side_processes=strategy.side_processes(),
     )
 
 
@@ -225,7 +246,19 @@ def _item_bytes(options: ServeOptions, model_config: dict[str, Any]) -> int:
     return 4 if dtype in ("float32", "float") else 2
 
 
-def _group(options: ServeOptions, store_address: str) -> GroupConfig:
+def _strategy(options: ServeOptions, group: GroupConfig) -> str:
+    return options.strategy or registry.default(group)
+
+
+def _group(options: ServeOptions, model_config: dict[str, Any], cuda: CudaPlan | None) -> GroupConfig:
+    """Who keeps which experts, and whether anything has to be gathered because of it."""
+    group = _flags_of_group(options) if cuda is None else cuda.group
+    transport = "host" if cuda is None else cuda.transport
+    layers = moe_layers(model_config, _item_bytes(options, model_config))
+    return msgspec.structs.replace(group, gathers=gathers(group, options.ranks, transport, layers))
+
+
+def _flags_of_group(options: ServeOptions) -> GroupConfig:
     if options.nodes == 1:
         return GroupConfig(
             memory_limit=options.expert_memory,
@@ -246,7 +279,6 @@ def _group(options: ServeOptions, store_address: str) -> GroupConfig:
         rendezvous=options.rendezvous,
         model=checkpoint_fingerprint(options.model, options.revision, options.dtype),
         threshold_tokens=options.threshold_tokens,
-        exporter_address=f"{store_address}-exporter",
         patience_seconds=options.patience_seconds,
     )
 

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from sglang.srt.disaggregation.kv_events import EventPublisherFactory
@@ -27,13 +27,13 @@ from asyncep_sgl import cpu_operators, cuda_operators
 from asyncep_sgl.batches.mark import in_batch
 from asyncep_sgl.config import AsyncEPConfig
 from asyncep_sgl.errors import SeamError, StoreError
-from asyncep_sgl.experts.manager import ExpertManager
+from asyncep_sgl.experts.manager import join_store
 from asyncep_sgl.front import lists
 from asyncep_sgl.front.caller import caller
 from asyncep_sgl.front.seams import FRONT_SEAMS, admit, count_answer
 from asyncep_sgl.front.tokenizing import tokenize
 from asyncep_sgl.lifeline import die_with
-from asyncep_sgl.model_support import read_config
+from asyncep_sgl.model_support import local_folder, read_config
 from asyncep_sgl.platform import fallbacks
 from asyncep_sgl.platform.cpu import AnyCpuPlatform
 from asyncep_sgl.process_seams import PROCESS_SEAMS, keep_torch_from_listening
@@ -42,10 +42,9 @@ from asyncep_sgl.scheduling.marks import put_on
 from asyncep_sgl.scheduling.rank_order import ranks_take_orders, sort_waiting
 from asyncep_sgl.scheduling.reports import RankReporter, RouterEventPublisher, start_beating
 from asyncep_sgl.seam import Seam
+from asyncep_sgl.strategies import current, registry
+from asyncep_sgl.strategies.base import RankPlace
 from asyncep_sgl.validation import check_prefill_only, check_priority, check_prompt
-
-if TYPE_CHECKING:
-    from asyncep_sgl.weight_gather import RankGather
 
 logger = logging.getLogger(__name__)
 
@@ -56,18 +55,15 @@ _BATCH_PRIORITY = -1
 _CONTROLLER = "sglang.srt.managers.data_parallel_controller.DataParallelController"
 
 _config: AsyncEPConfig | None = None
-_manager: ExpertManager | None = None
 _reporter: RankReporter | None = None
-_gather: RankGather | None = None
-_bounded: Callable[[Any], Any] | None = None
 
 
 # --- scheduler process -------------------------------------------------------------------------------------------
 
 
 def _around_scheduler(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Builds the scheduler on this rank's CPUs and on the expert store."""
-    global _manager, _reporter, _bounded
+    """Builds the scheduler on this rank's CPUs and on its strategy."""
+    global _reporter
     assert_active()
     config = _active_config()
     rank = get_parallel().dp_rank or 0
@@ -77,18 +73,21 @@ def _around_scheduler(original: Callable[..., None], *args: Any, **kwargs: Any) 
         torch.set_num_threads(len(config.cpus[rank]))
     if _our_kernels():
         take_operators()
-    _manager = manager_class(config.transport).join(rank, config.ranks, config.store_address, config.group)
+    cost = ModelCost.from_config(read_config(get_model().model_path, get_model().revision))
     if config.router is not None:
-        cost = ModelCost.from_config(read_config(get_model().model_path, get_model().revision))
         RouterEventPublisher.join = "joined-events" not in config.without
         _reporter = RouterEventPublisher.reporter = RankReporter(rank, config.router.report_address, cost)
         start_beating(rank, config.router.report_address)
-        if config.transport == "host" and not config.group.gathers and ranks_take_orders(get_schedule()):
-            # Elsewhere batches are SGLang's, which the router counts in too, or those of the gather.
-            # Imported only now: in this process, after the hooks.
-            from asyncep_sgl.scheduling.router_batches import bounded
-
-            _bounded = bounded(cost, config.router.threshold_tokens)
+    place = RankPlace(
+        rank=rank,
+        config=config,
+        experts=join_store(config.transport, rank, config.ranks, config.store_address, config.group),
+        cost=cost,
+        folder=lambda: local_folder(get_model().model_path, get_model().revision),
+        device=lambda: None if config.transport == "host" else torch.device("cuda", torch.cuda.current_device()),
+        tell_threshold=_reporter.threshold if _reporter is not None else lambda flops: None,
+    )
+    current.take(registry.of(config).rank(place))
     with _failures_reported():
         original(*args, **kwargs)
 
@@ -127,8 +126,8 @@ def _after_batch_result(_: None, _scheduler: Any, batch: Any, *__: Any) -> None:
     seconds = time.monotonic() - batch.launch_ts
     if _reporter is not None:
         _reporter.batch_done(batch, seconds)
-    if _gather is not None:
-        _gather.batch_done(list(zip(batch.extend_lens or (), batch.prefix_lens or (), strict=True)), seconds)
+    if (strategy := current.rank()) is not None:
+        strategy.batch_done(list(zip(batch.extend_lens or (), batch.prefix_lens or (), strict=True)), seconds)
 
 
 @contextmanager
@@ -137,15 +136,15 @@ def _failures_reported() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _manager is not None:
-            _manager.report_failure(error)
+        if (strategy := current.rank()) is not None:
+            strategy.failed(error)
         raise
 
 
 def _after_create_weights(_: None, method: Any, layer: Any, num_experts: int, *args: Any, **kwargs: Any) -> None:
     """Expert parameters have their shape and no contents yet: the moment to put them on shared memory."""
-    if _manager is not None:
-        _manager.adopt(layer.layer_id, num_experts, dict(layer.named_parameters(recurse=False)))
+    if (strategy := current.rank()) is not None:
+        strategy.adopt(layer.layer_id, num_experts, dict(layer.named_parameters(recurse=False)))
 
 
 def _around_weight_loader(
@@ -157,17 +156,16 @@ def _around_weight_loader(
     shard_id: str,
     expert_id: int | None,
 ) -> None:
-    """Writes one expert's tensor only where this rank owns the expert."""
-    if _manager is not None:
-        _manager.refuse_if_sealed()
-        if expert_id is not None and expert_id not in _manager.owned(layer.layer_id):
-            return
+    """Writes one expert's tensor only where this rank reads the expert."""
+    strategy = current.rank()
+    if strategy is not None and expert_id is not None and not strategy.reads(layer.layer_id, expert_id):
+        return
     original(layer, param, loaded_weight, weight_name, shard_id, expert_id)
 
 
 def _before_weight_loader_fused(layer: Any, *_: Any) -> None:
     """No served family stores a layer's experts in one tensor; one that did would be loaded whole by every rank."""
-    if _manager is not None:
+    if current.rank() is not None:
         raise StoreError(f"layer {layer.layer_id}: checkpoints with all experts in one tensor are not served")
 
 
@@ -175,8 +173,8 @@ def _around_weights_iterator(
     original: Callable[..., Iterator[tuple[str, torch.Tensor]]], loader: Any, source: Any, **kwargs: Any
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Leaves other ranks' experts unread on disk."""
-    resolved = kwargs.get("resolved_source")
-    if _manager is None:
+    resolved, strategy = kwargs.get("resolved_source"), current.rank()
+    if strategy is None:
         return original(loader, source, **kwargs)
     if resolved is None:
         _, files, safetensors = loader._prepare_weights(
@@ -187,7 +185,7 @@ def _around_weights_iterator(
     if not safetensors:
         # Pickled checkpoints cannot be read in part; the loader hooks above still write only what is owned.
         return original(loader, source, **kwargs)
-    return ((source.prefix + name, tensor) for name, tensor in _manager.weights().tensors(files))
+    return ((source.prefix + name, tensor) for name, tensor in strategy.weights(files))
 
 
 def _after_calc_priority(_: None, policy: Any, waiting_queue: list[Any], *__: Any, **___: Any) -> None:
@@ -197,12 +195,20 @@ def _after_calc_priority(_: None, policy: Any, waiting_queue: list[Any], *__: An
 
 
 def _after_prefill_adder_class(chosen: Any, _scheduler: Any) -> Any:
-    """Batches are of one kind, and those of a rank that gathers are cut by FLOPs."""
+    """Batches are of one kind, and as large as the strategy wants them or the router counts on."""
+    config, strategy = _active_config(), current.rank()
+    adder: Any = chosen
     # Imported only now: in this process, after the hooks.
+    from asyncep_sgl.scheduling.flops_batches import adder_class
     from asyncep_sgl.scheduling.one_kind import one_kind
+    from asyncep_sgl.scheduling.router_batches import bounded
 
-    adder: Any = chosen if _gather is None else _gather.prefill_adder
-    return one_kind(adder if _bounded is None else _bounded(adder))
+    if strategy is not None and strategy.batch_flops is not None:
+        adder = adder_class(strategy.place.cost, strategy.batch_flops)
+    elif strategy and config.router and config.transport == "host" and ranks_take_orders(get_schedule()):
+        # Elsewhere batches are SGLang's, which the router counts in too.
+        adder = bounded(strategy.place.cost, config.router.threshold_tokens)(chosen)
+    return one_kind(adder)
 
 
 def _after_output_streamer_class(chosen: Any, scheduler: Any) -> Any:
@@ -216,16 +222,16 @@ def _after_output_streamer_class(chosen: Any, scheduler: Any) -> Any:
 
 
 def _after_load_model(_: None, runner: Any, *args: Any, **kwargs: Any) -> None:
-    """The rank's shard is written; from here on it needs every other rank's, and every other host's."""
-    global _gather
-    if _manager is None or runner.is_draft_worker:
+    """The rank's shard is written; from here on it needs every other rank's."""
+    strategy = current.rank()
+    if strategy is None or runner.is_draft_worker:
         return
-    _manager.finish()
-    if _active_config().group.gathers:
+    strategy.loaded()
+    if strategy.told:
         # Imported only now: SGLang's layers must have been hooked before.
-        from asyncep_sgl.weight_gather import RankGather
+        from asyncep_sgl.layer_events import LayerEvents
 
-        _gather = RankGather.start(runner.model, _manager, _active_config(), _reporter)
+        LayerEvents(runner.model, strategy)
 
 
 # --- every process ------------------------------------------------------------------------------------------------
@@ -489,16 +495,6 @@ CUDA_KERNEL_SEAMS: tuple[Seam, ...] = (
         ("self", "layer", "dispatch_output"),
     ),
 )
-
-
-def manager_class(transport: str) -> type[ExpertManager]:
-    """The rank's side of the store for where the experts lie."""
-    if transport == "host":
-        return ExpertManager
-    # Imported only now: a CPU's ranks have no need of them.
-    from asyncep_sgl.experts.device_managers import DeviceExpertManager, PinnedExpertManager
-
-    return DeviceExpertManager if transport == "cuda" else PinnedExpertManager
 
 
 def _seams() -> tuple[Seam, ...]:

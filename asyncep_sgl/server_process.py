@@ -6,9 +6,8 @@ import contextlib
 import io
 import os
 import re
-import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,27 +16,25 @@ import starlette.requests
 from starlette.responses import Response
 from starlette.routing import Route
 
-from asyncep_router.cost import ModelCost
 from asyncep_router.long_lived import return_memory, settle
 from asyncep_sgl.batches.api import BatchApi, BatchLife
 from asyncep_sgl.batches.bounds import Bounds
-from asyncep_sgl.calibration import calibrate
 from asyncep_sgl.command_line import refused_flag
 from asyncep_sgl.config import AsyncEPConfig
 from asyncep_sgl.drain import Drain
 from asyncep_sgl.errors import StoreError
 from asyncep_sgl.experts.client import StoreClient
 from asyncep_sgl.experts.messages import Done, Failed, Hello, Request, Serving, Status, StatusRequest, Welcome
-from asyncep_sgl.experts.view import ViewClient
 from asyncep_sgl.front.access import Policy
 from asyncep_sgl.front.guard import abort_route, guard
 from asyncep_sgl.front.key_memory import read_keys
-from asyncep_sgl.group_gate import GroupGate, GroupHealth, watch
 from asyncep_sgl.lifeline import die_with
 from asyncep_sgl.listening import Door, inherited
 from asyncep_sgl.model_support import read_config
 from asyncep_sgl.rank_health import RankHealth
 from asyncep_sgl.router_state import router_state
+from asyncep_sgl.strategies import registry
+from asyncep_sgl.strategies.base import FrontPlace
 
 # Requests of batches under way for each rank. The router lets others pass them; without it an interactive request
 # waits behind those that are there.
@@ -104,7 +101,7 @@ def _serve(arguments: list[str], config: AsyncEPConfig, door: Door) -> None:
     assert_active()
     if config.cpus and "fork-ahead" not in config.without:
         fork_processes_ahead()
-    address = config.store_address
+    address, strategy = config.store_address, registry.of(config)
     _ask(address, Hello("front", os.getpid()), Welcome)
 
     server_args = _read(arguments, prepare_server_args)
@@ -112,9 +109,12 @@ def _serve(arguments: list[str], config: AsyncEPConfig, door: Door) -> None:
     _refuse_other_doors(server_args)
     host = "127.0.0.1" if server_args.host in ("0.0.0.0", "::", "") else server_args.host
 
+    def store_status() -> Status:
+        return _ask(address, StatusRequest(), Status)
+
     def status() -> dict[str, Any]:
         """Ranks, experts owned, bytes read and resident, as the launcher sees them."""
-        found: dict[str, Any] = msgspec.to_builtins(_ask(address, StatusRequest(), Status))
+        found: dict[str, Any] = msgspec.to_builtins(store_status())
         if config.router is not None:
             # The lowest of the ranks' T: what a router in front of this server may count on for each of them.
             with contextlib.suppress(TimeoutError):
@@ -131,13 +131,12 @@ def _serve(arguments: list[str], config: AsyncEPConfig, door: Door) -> None:
         ask_who_is_there(rank_health.ranks_there)
         # Before SGLang's own of the same names.
         app.router.routes[:0] = rank_health.routes()
-    if config.router is not None or config.group.gathers:
-        # SGLang adds its own route when it starts, after this one, and only with its --enable-metrics.
-        app.routes.append(Route("/metrics", lambda request: _metrics(request, config, server_args)))
-    if config.group.nodes > 1:
-        health = GroupHealth(config.group.nodes, config.group.copies, config.group.patience_seconds)
-        watch(health, ViewClient(config.group.exporter_address))
-        app.add_middleware(GroupGate, health=health)
+    # SGLang adds its own route when it starts, after this one, and only with its --enable-metrics.
+    app.routes.append(
+        Route("/metrics", lambda request: _metrics(request, config, strategy.collectors(store_status), server_args))
+    )
+    for gate, arguments_of_gate in strategy.gates():
+        app.add_middleware(gate, **arguments_of_gate)
     policy = Policy(read_keys(config.keys), config.decode == "allow")
     batches = BatchApi(
         app,
@@ -172,15 +171,7 @@ def _serve(arguments: list[str], config: AsyncEPConfig, door: Door) -> None:
 
     def serving() -> None:
         door.wait()
-        if config.group.gathers:
-            calibrate(
-                url,
-                ranks=config.ranks,
-                vocabulary=model["vocab_size"],
-                context=context,
-                api_key=policy.internal,
-                hiding_tokens=lambda: _hiding_tokens(model, _ask(address, StatusRequest(), Status)),
-            )
+        strategy.first_work(FrontPlace(url, policy.internal, model, context, store_status))
         if "rare-collections" not in config.without:
             settle()
         # Ranks keep theirs (`host.COMPUTING`). They are there by now, and others are forked from a template.
@@ -195,17 +186,6 @@ def _serve(arguments: list[str], config: AsyncEPConfig, door: Door) -> None:
         launch_server(server_args, run_scheduler_process_func=rank, launch_callback=serving)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
-
-
-def _hiding_tokens(model: dict[str, Any], status: Status) -> int | None:
-    """Tokens of a prompt whose layers take as long as their gathers, in the mean of the ranks; None until known."""
-    from asyncep_sgl.scheduling.flops_batches import tokens_within
-
-    known = [gather.saturation_flops for gather in status.gathers if gather.saturation_flops]
-    if not known:
-        return None
-    cost = ModelCost.from_config(model)
-    return tokens_within(cost, cost.threshold_flops(statistics.fmean(known)), 0)
 
 
 def _read(arguments: list[str], prepare: Callable[[list[str]], Any]) -> Any:
@@ -244,17 +224,17 @@ def _refuse_other_doors(server_args: Any) -> None:
             raise SystemExit(f"asyncep serve: {flag}: requests come in through one HTTP/1.1 server; leave the flag out")
 
 
-def _metrics(request: starlette.requests.Request, config: AsyncEPConfig, server_args: Any) -> Response:
-    """The router's and the gathers' figures; SGLang's too if it was asked for them."""
-    from asyncep_sgl.gather_metrics import GatherCollector
+def _metrics(
+    request: starlette.requests.Request, config: AsyncEPConfig, of_strategy: Sequence[Any], server_args: Any
+) -> Response:
+    """The router's and the strategy's figures; SGLang's too if it was asked for them."""
     from asyncep_sgl.router_metrics import RouterCollector, exposition
 
     collectors: list[Any] = []
     if config.router is not None:
         state_address = config.router.state_address
         collectors.append(RouterCollector(lambda: router_state(state_address)))
-    if config.group.gathers:
-        collectors.append(GatherCollector(lambda: _ask(config.store_address, StatusRequest(), Status).gathers))
+    collectors += of_strategy
     accept = request.headers.get("accept", "")
     body, content_type = exposition(collectors, accept, sglang=server_args.enable_metrics)
     return Response(body, headers={"content-type": content_type})

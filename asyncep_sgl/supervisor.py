@@ -20,13 +20,14 @@ from asyncep_sgl.experts.server import StoreServer
 from asyncep_sgl.process_state import has_ended, how_it_ended, is_stopped
 from asyncep_sgl.scheduling.restarts import RestartPolicy
 from asyncep_sgl.stop_signals import StopSignals
+from asyncep_sgl.strategies.base import SideProcess
 
 logger = logging.getLogger(__name__)
 
 _LOOK_AGAIN_SECONDS = 1.0
 _PR_SET_CHILD_SUBREAPER = 36
 # Parents before children, which end with them: of several that have ended, the first of these is the reason.
-_ORDER = ("front", "controller", "detokenizer", "exporter")
+_ORDER = ("front", "controller", "detokenizer")
 
 
 @dataclass
@@ -39,8 +40,7 @@ class Supervisor:
         environment: its environment.
         grace_seconds: how long a stop waits for requests in flight.
         on_serving: called once, when the front answers requests.
-        exporter: command line of the process through which other hosts read the experts, or None. If it dies it is
-            started again: it holds nothing that is not in the store.
+        side_processes: beside the front; what they are is the strategy's.
         ranks_restart: the router starts a dead rank again, so that its end is not the server's.
         listeners: the front's sockets, which are handed to it; this process keeps none.
         signals: what tells this process to stop.
@@ -53,13 +53,13 @@ class Supervisor:
     grace_seconds: float
     on_serving: Callable[[], None]
     ranks_restart: bool = False
-    exporter: Sequence[str] | None = None
+    side_processes: Sequence[SideProcess] = ()
     listeners: Sequence[socket.socket] = ()
     signals: StopSignals = field(default_factory=StopSignals)
     stopped_seconds: float = 5.0
     _announced: bool = False
-    _exporter: subprocess.Popen[bytes] | None = None
-    _exporter_restarts: RestartPolicy = field(default_factory=RestartPolicy)
+    _beside: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _restarts: dict[str, RestartPolicy] = field(default_factory=dict)
     _poll: select.poll = field(default_factory=select.poll)
     _watched: dict[int, tuple[str, int]] = field(default_factory=dict)
     _stopped_since: dict[int, float] = field(default_factory=dict)
@@ -83,7 +83,8 @@ class Supervisor:
             # The front's from now on: with it goes the port, and clients are not kept waiting for nobody.
             listener.close()
         self._watch("front", front.pid)
-        self._start_exporter()
+        for process in self.side_processes:
+            self._start(process)
         self._poll.register(self.store.descriptor, select.POLLIN)
         self._poll.register(self.signals.descriptor, select.POLLIN)
         try:
@@ -131,7 +132,7 @@ class Supervisor:
             if ended:
                 # A process whose threads are still ending is heard of later than its children, which ended with it.
                 ended = [descriptor for descriptor, (_, pid) in self._watched.items() if has_ended(pid)] or ended
-            ended.sort(key=lambda descriptor: _place(self._watched[descriptor][0]))
+            ended.sort(key=lambda descriptor: self._place(self._watched[descriptor][0]))
             for descriptor in ended:
                 failure = self._ended(descriptor)
                 if failure is not None:
@@ -148,7 +149,8 @@ class Supervisor:
         self.store.serve_pending()
         if (failure := self.store.registry.failure) is not None:
             return failure
-        if name == "exporter" and self._restart_exporter(how):
+        beside = next((process for process in self.side_processes if process.role == name), None)
+        if beside is not None and self._restart(beside, how):
             return None
         return f"{name} (process {pid}) {how}"
 
@@ -158,7 +160,7 @@ class Supervisor:
         Nothing else could help: while one of them stands still every client waits. Ranks are the router's to judge.
         """
         for name, pid in self._watched.values():
-            if name not in _ORDER or not is_stopped(pid):
+            if self._place(name) == len(self._order) or not is_stopped(pid):
                 self._stopped_since.pop(pid, None)
             elif now - self._stopped_since.setdefault(pid, now) >= patience:
                 logger.warning("%s (process %d) is stopped; it is told to go on", name, pid)
@@ -181,20 +183,27 @@ class Supervisor:
         self._stopped_since.pop(self._watched.pop(descriptor)[1], None)
         os.close(descriptor)
 
-    def _start_exporter(self) -> None:
-        if self.exporter is not None:
-            self._exporter = subprocess.Popen(self.exporter, env=dict(self.environment), start_new_session=True)
-            self._watch("exporter", self._exporter.pid)
+    def _start(self, process: SideProcess) -> None:
+        started = subprocess.Popen(process.command, env=dict(self.environment), start_new_session=True)
+        self._beside[process.role] = started
+        self._watch(process.role, started.pid)
 
-    def _restart_exporter(self, how: str) -> bool:
-        """Whether the exporter's end is mended: not if it keeps ending."""
-        if not self._exporter_restarts.died(0, time.monotonic()):
+    def _restart(self, process: SideProcess, how: str) -> bool:
+        """Whether a side process's end is mended: not if it keeps ending."""
+        if not self._restarts.setdefault(process.role, RestartPolicy()).died(0, time.monotonic()):
             return False
-        if self._exporter is not None:
-            self._exporter.wait()
-        logger.warning("the exporter %s; it is started again", how)
-        self._start_exporter()
+        self._beside[process.role].wait()
+        logger.warning("the %s %s; it is started again", process.role, how)
+        self._start(process)
         return True
+
+    @property
+    def _order(self) -> tuple[str, ...]:
+        """Roles that nobody but this process looks after."""
+        return (*_ORDER, *(process.role for process in self.side_processes))
+
+    def _place(self, name: str) -> int:
+        return self._order.index(name) if name in self._order else len(self._order)
 
     def _end_everything(self) -> None:
         """Kills every descendant, however deep; as subreaper this process is the parent of all orphans.
@@ -217,10 +226,6 @@ class Supervisor:
         for child in alive:
             child.kill()
         psutil.wait_procs(alive, timeout=1)
-
-
-def _place(name: str) -> int:
-    return _ORDER.index(name) if name in _ORDER else len(_ORDER)
 
 
 def _is_resource_tracker(process: psutil.Process) -> bool:

@@ -8,7 +8,7 @@ import pkgutil
 from asyncep_sgl import plugin
 from asyncep_sgl.errors import SeamError
 
-# Not hooked, but used as they are by `cpu_operators`, `scheduling.direct_replies` and `weight_gather`, for which it is
+# Not hooked, but used as they are by `cpu_operators`, `scheduling.direct_replies` and `layer_events`, for which it is
 # SGLang's own seam for gathered experts.
 RELIED_ON: tuple[tuple[str, tuple[str, ...]], ...] = (
     (

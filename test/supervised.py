@@ -25,6 +25,7 @@ from asyncep_sgl.stop_signals import StopSignals
 
 def launcher(grace: float) -> int:
     from asyncep_sgl.experts.server import StoreServer
+    from asyncep_sgl.strategies.base import SideProcess
     from asyncep_sgl.supervisor import Supervisor
 
     logging.basicConfig(format="asyncep: %(message)s", level=logging.INFO)
@@ -45,7 +46,14 @@ def launcher(grace: float) -> int:
             print("directory", directory, flush=True)
 
         me = [sys.executable, __file__]
-        supervisor = Supervisor(store, [*me, "front"], environment, grace, serving, exporter=[*me, "exporter"])
+        supervisor = Supervisor(
+            store,
+            [*me, "front"],
+            environment,
+            grace,
+            serving,
+            side_processes=[SideProcess("exporter", (*me, "exporter"))],
+        )
         supervisor.signals = signals
         supervisor.stopped_seconds = 0.5
         return supervisor.run()

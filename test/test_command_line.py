@@ -22,10 +22,6 @@ from asyncep_sgl.launch import batch_folder, check_batch_folder
         (["--nnodes", "0"], "--node-rank 0: use 0 to 0 with --nnodes 0"),
         (["--asyncep-copies", "2"], "--asyncep-copies 2: use 1 to 1, the number of hosts"),
         (["--asyncep-gather-depth", "0"], "--asyncep-gather-depth at least 1"),
-        (
-            ["--nnodes", "2", "--dist-init-addr", "h:5000", "--asyncep-kernels", "sglang"],
-            "only our kernels read gathered experts",
-        ),
         (["--quantization", "fp8"], "--quantization fp8: .*leave the flag out"),
         (["--dtype", "float16"], "--dtype float16: use bfloat16 or float32"),
         (["--port", "70000"], "--port 70000"),

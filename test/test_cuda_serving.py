@@ -71,7 +71,7 @@ def test_experts_lie_on_the_gpus_where_they_fit(
 ) -> None:
     found = planned(config, gpus, *arguments)
     assert found.transport == transport, found.reason
-    assert found.group.gathers == (transport == "pinned" or len(gpus) > 1)
+    assert found.group.divides == (transport == "pinned" or len(gpus) > 1)
 
 
 def test_several_gpus_divide_the_experts() -> None:
@@ -91,7 +91,7 @@ def test_one_gpu_keeps_the_first_layers_and_reads_further_ahead() -> None:
     for arguments in (["--asyncep-expert-memory", "0"], ["--asyncep-transport", "pinned"]):
         none = planned(QWEN3_30B, [H100], *arguments).group
         assert none.memory_limit == 0
-        assert none.gathers
+        assert none.divides
     most = planned(QWEN3_30B, [H100] * 1, "--asyncep-expert-memory", "500GiB").group
     assert most.memory_limit == 47 * layer, "something has to lie in host memory"
 
@@ -104,7 +104,6 @@ def test_one_gpu_keeps_the_first_layers_and_reads_further_ahead() -> None:
         (QWEN3_235B, [A10], ["--asyncep-transport", "cuda"], "--asyncep-transport cuda: .*--asyncep-transport pinned"),
         (QWEN3_30B, [H100], ["--nnodes", "2", "--dist-init-addr", "h:1"], "--nnodes 2: GPUs of several hosts"),
         (QWEN3_30B, [H100], ["--dtype", "float32"], "--dtype float32: on GPUs"),
-        (QWEN3_30B, [H100] * 2, ["--dp-size", "2", "--asyncep-kernels", "sglang"], "only our kernels read gathered"),
         (QWEN3_30B, [Gpu("small", (8, 0), 2 * GIB)], [], "one layer's experts take 1.1 GiB"),
         (QWEN3_30B | {"head_dim": 96}, [H100], ["--attention-backend", "flashinfer"], "heads of 96"),
         (QWEN3_30B | {"head_dim": 96}, [H100], ["--attention-backend=flashinfer"], "heads of 96"),

@@ -37,22 +37,21 @@ def test_a_seam_that_was_not_hooked_stops_the_start() -> None:
 
 
 @pytest.mark.parametrize(
-    ("transport", "kernels", "seams", "manager"),
+    ("transport", "kernels", "seams"),
     [
-        ("host", "ours", (), "ExpertManager"),
-        ("cuda", "ours", (*plugin.CUDA_SEAMS, *plugin.CUDA_KERNEL_SEAMS), "DeviceExpertManager"),
-        ("pinned", "ours", (*plugin.CUDA_SEAMS, *plugin.CUDA_KERNEL_SEAMS), "PinnedExpertManager"),
-        ("cuda", "sglang", plugin.CUDA_SEAMS, "DeviceExpertManager"),
+        ("host", "ours", ()),
+        ("cuda", "ours", (*plugin.CUDA_SEAMS, *plugin.CUDA_KERNEL_SEAMS)),
+        ("pinned", "ours", (*plugin.CUDA_SEAMS, *plugin.CUDA_KERNEL_SEAMS)),
+        ("cuda", "sglang", plugin.CUDA_SEAMS),
     ],
 )
 def test_a_runs_seams_are_those_of_its_transport(
-    transport: str, kernels: str, seams: tuple[plugin.Seam, ...], manager: str, monkeypatch: pytest.MonkeyPatch
+    transport: str, kernels: str, seams: tuple[plugin.Seam, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = AsyncEPConfig(ranks=1, store_address="", launcher_pid=1, load_board="")
     monkeypatch.setattr(plugin, "_config", msgspec.structs.replace(run, transport=transport, kernels=kernels))
     monkeypatch.setattr(plugin, "_our_kernels", lambda: False)
     assert plugin._seams() == (*plugin.SEAMS, *seams)
-    assert plugin.manager_class(transport).__name__ == manager
 
 
 # In a process of its own: hooks stay. A hook does not reach another name of its target in the same module, so each is

@@ -13,6 +13,7 @@ from asyncep_sgl.errors import StoreError
 from asyncep_sgl.experts.checkpoint import OwnedWeights
 from asyncep_sgl.experts.device_memory import CudaMemory, DeviceMemory, Piece
 from asyncep_sgl.experts.handles import HandleClient
+from asyncep_sgl.experts.holdings import MoeLayer, device_layout
 from asyncep_sgl.experts.layout import GroupLayout
 from asyncep_sgl.experts.manager import ExpertManager, SharedTensor, whole_tensor
 from asyncep_sgl.experts.messages import Done, Placed, Segment
@@ -49,8 +50,9 @@ class DeviceExpertManager(ExpertManager):
 
     def adopt(self, layer: int, experts: int, parameters: dict[str, torch.nn.Parameter]) -> None:
         """See `ExpertManager`; ``parameters`` are on this rank's device."""
-        resident = frozenset({layer} if len(self.layouts) < self.group.resident_layers else ())
-        self.layouts[layer] = layout = GroupLayout(experts, self.ranks, 1, 1, resident)
+        this = MoeLayer(layer, experts, sum(parameter.nbytes for parameter in parameters.values()))
+        layout = self.layouts[layer] = device_layout(self.group, self.ranks, self._built, this)
+        self._built.append(this)
         for name, parameter in parameters.items():
             spec = whole_tensor(layer, name, parameter, experts)
             if self._memory is None:

@@ -7,6 +7,7 @@ import mmap
 import os
 import warnings
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -15,6 +16,7 @@ from asyncep_sgl.errors import StoreError
 from asyncep_sgl.experts.checkpoint import OwnedWeights
 from asyncep_sgl.experts.client import StoreClient
 from asyncep_sgl.experts.digest import digest
+from asyncep_sgl.experts.holdings import MoeLayer, host_layout
 from asyncep_sgl.experts.layout import GroupLayout, runs
 from asyncep_sgl.experts.messages import (
     Allocate,
@@ -60,7 +62,8 @@ class ExpertManager:
     shard_present: bool = False
     layouts: dict[int, GroupLayout] = field(default_factory=dict)
     sealed: bool = False
-    _layer_bytes: int = 0
+    # Layers are built in order.
+    _built: list[MoeLayer] = field(default_factory=list)
     _tensors: dict[tuple[int, str], SharedTensor] = field(default_factory=dict)
     _weights: list[OwnedWeights] = field(default_factory=list)
 
@@ -99,15 +102,10 @@ class ExpertManager:
         Raises:
             StoreError: a tensor that does not hold all experts, or no memory for it.
         """
-        group = self.group
-        # Layers are built in order, so those that stay are the first with experts.
-        resident = frozenset({layer} if len(self.layouts) < group.resident_layers else ())
-        self._layer_bytes += sum(parameter.nbytes for parameter in parameters.values())
-        beyond = group.memory_limit is not None and self._layer_bytes > group.memory_limit
-        on_disk = frozenset({layer} if beyond else ())
-        layout = GroupLayout(experts, group.nodes, self.ranks, group.copies, resident, on_disk, group.resident_experts)
-        self.layouts[layer] = layout
-        held = tuple((run.start, run.stop) for run in runs(layout.held(layer, group.node)))
+        this = MoeLayer(layer, experts, sum(parameter.nbytes for parameter in parameters.values()))
+        layout = self.layouts[layer] = host_layout(self.group, self.ranks, self._built, this)
+        self._built.append(this)
+        held = tuple((run.start, run.stop) for run in runs(layout.held(layer, self.group.node)))
         for name, parameter in parameters.items():
             spec = whole_tensor(layer, name, parameter, experts)
             segment = self.client.ask(Allocate(spec, held), Segment)
@@ -202,3 +200,20 @@ def _tensor_on(segment: Segment, like: torch.Tensor, *, writable: bool) -> torch
         # torch warns that a read-only buffer could be written through the tensor: here that faults, as meant.
         warnings.filterwarnings("ignore", message=".*not writable.*")
         return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
+
+
+def join_store(
+    transport: Literal["host", "cuda", "pinned"], rank: int, ranks: int, address: str, group: GroupConfig
+) -> ExpertManager:
+    """A rank's side of the store, of the kind that belongs to where the experts lie.
+
+    Raises:
+        StoreError: see `ExpertManager.join`.
+    """
+    kind: type[ExpertManager] = ExpertManager
+    if transport != "host":
+        # Imported only now: a CPU's ranks have no need of them.
+        from asyncep_sgl.experts.device_managers import DeviceExpertManager, PinnedExpertManager
+
+        kind = DeviceExpertManager if transport == "cuda" else PinnedExpertManager
+    return kind.join(rank, ranks, address, group)

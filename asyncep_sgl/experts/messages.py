@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 
 
@@ -26,9 +24,12 @@ class TensorSpec(msgspec.Struct, frozen=True):
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
-    """First word of a process: the launcher watches ``pid`` from now on."""
+    """First word of a process: the launcher watches ``pid`` from now on.
 
-    role: Literal["front", "controller", "detokenizer", "rank", "exporter"]
+    ``role``: ``front``, ``controller``, ``detokenizer``, ``rank``, or that of a strategy's side process.
+    """
+
+    role: str
     pid: int
     rank: int = -1
 

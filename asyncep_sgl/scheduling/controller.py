@@ -51,6 +51,7 @@ from asyncep_sgl.scheduling.rank_life import RankLife
 from asyncep_sgl.scheduling.rank_order import ranks_take_orders, urgency
 from asyncep_sgl.scheduling.suspects import Suspects
 from asyncep_sgl.scheduling.wire import Beat, Finished, Started, Threshold, decode
+from asyncep_sgl.strategies import registry
 from asyncep_sgl.zmq_end import for_own_user
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class RouterController(RankLife):
         config = AsyncEPConfig.from_environment()
         if config is None or config.router is None:
             raise RuntimeError("the router was installed without a configuration")
-        self.config = config
+        self.config, self.strategy = config, registry.of(config)
         self._decision_seconds = Durations()
         self._submit_seconds = 0.0  # spent on requests that came since the last dispatch
         super().__init__(server_args, port_args, *args, **kwargs)
@@ -96,7 +97,7 @@ class RouterController(RankLife):
             cost,
             tokens=config.router.threshold_tokens,
             max_wait=config.router.max_wait_seconds,
-            gathers=config.group.gathers,
+            gathers=self.strategy.gathers,
             on_gpu=config.transport != "host",
             chunk_tokens=get_schedule().chunked_prefill_size or 0,
             ranks_let_pass=ranks_take_orders(server_args),

@@ -6,6 +6,7 @@ to hide behind is time, that is FLOPs. The token limits stay as the bound that m
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,17 +15,7 @@ from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 from asyncep_router.cost import ModelCost
 
 
-def tokens_within(cost: ModelCost, budget: float, cached: int) -> int:
-    """The most new tokens after ``cached`` ones that cost no more than ``budget`` FLOPs. Cost grows with tokens."""
-    low, high = 0, 1
-    while cost.flops(high, cached) <= budget:
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if cost.flops(middle, cached) <= budget else (low, middle)
-    return low
-
-
+@functools.cache
 def adder_class(cost: ModelCost, target: Callable[[], float]) -> type[PrefillAdder]:
     """A `PrefillAdder` that closes a batch at ``target()`` FLOPs and cuts longer prompts into pieces of at least that.
 
@@ -78,7 +69,7 @@ def adder_class(cost: ModelCost, target: Callable[[], float]) -> type[PrefillAdd
             pieces = whole // self.target_flops
             if limit is None or pieces < 2:
                 return add()
-            piece = tokens_within(cost, whole / pieces - self.flops, prefix)
+            piece = cost.tokens_within(whole / pieces - self.flops, prefix)
             lowered = min(limit, max(self.page_size, piece))
             self.rem_chunk_tokens = lowered
             self._cut = True

@@ -109,7 +109,7 @@ class RankLife(DataParallelController):  # type: ignore[misc] # upstream is unty
             rank,
             caches=not get_memory().disable_radix_cache,
             cache_tokens=self.max_total_num_tokens,
-            gathers=self.config.group.gathers,
+            gathers=self.strategy.gathers,
         )
         self._vigil.moved(rank)
 
@@ -261,8 +261,7 @@ class RankLife(DataParallelController):  # type: ignore[misc] # upstream is unty
                 self._end(rank, process.pid, "has not finished a batch for far longer than it should take")
 
     def _moves_count(self) -> bool:
-        # A rank that gathers from other hosts waits for them, however long they are away.
-        return not self._paused and self.config.group.nodes == 1
+        return not self._paused and not self.strategy.may_stall
 
     def _has_work(self, rank: int) -> bool:
         return rank in self._probing or bool(self.frontend.requests_in_flight(rank))

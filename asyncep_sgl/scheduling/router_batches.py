@@ -7,6 +7,7 @@ that, because the request waits for all of its batch. Prompts stay whole: one th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ def share_of_batch(cost: ModelCost, tokens: int) -> Callable[[int, int], float]:
     return lambda new, cached: max(cost.flops(new, cached) / whole, max(new, TOKENS_A_REQUEST) / tokens)
 
 
+@functools.cache
 def bounded(cost: ModelCost, tokens: int) -> Callable[[type[PrefillAdder]], type[PrefillAdder]]:
     """What makes of a class of adders one that closes batches in time.
 

@@ -19,7 +19,6 @@ from emulation.group import GroupServer, group, random_prompt
 from emulation.two_hosts import two_hosts
 
 from asyncep_router.cost import ModelCost
-from asyncep_sgl.scheduling.flops_batches import tokens_within
 
 SEED = 7
 MARGIN = 1.2
@@ -185,13 +184,13 @@ def measure(rate: str, model: Path, config: dict[str, Any], quick: bool, expecte
                 server.batches()
             foretold = [server.status()["gathers"][0] for server in servers]
             saturation = statistics.fmean(report["saturation_flops"] for report in foretold)
-            lengths = [max(64, min(most, tokens_within(cost, share * saturation * layers, 0))) for share in SHARES]
+            lengths = [max(64, min(most, cost.tokens_within(share * saturation * layers))) for share in SHARES]
             batches = sweep(servers, lengths[::3] if quick else lengths, 1 if quick else 4, vocabulary)
             status = [server.status() for server in servers]
             reports = [found["gathers"][0] for found in status]
             seconds = statistics.fmean(report["seconds"] for report in reports)
             saturation = statistics.fmean(report["saturation_flops"] for report in reports)
-            at_threshold = max(64, min(most, tokens_within(cost, MARGIN * saturation * layers, 0)))
+            at_threshold = max(64, min(most, cost.tokens_within(MARGIN * saturation * layers)))
             near = neighbours(servers, at_threshold, repeats, vocabulary, hosts.core(1))
         with group(hosts, model, *FLAGS, divided=False) as servers:
             without = apart(servers, at_threshold, repeats, vocabulary, hosts.core(1))

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from asyncep_sgl.calibration import calibrate
+from asyncep_sgl.strategies.asyncep.calibration import calibrate
 
 CONTEXT = 3000
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from prefill_adders import PLAIN, batches, request
 from small_moe import COST
 
-from asyncep_sgl.scheduling.flops_batches import adder_class, tokens_within
+from asyncep_sgl.scheduling.flops_batches import adder_class
 
 
 @given(budget=st.floats(0, 1e13), cached=st.integers(0, 100_000))
 def test_the_most_tokens_that_fit(budget: float, cached: int) -> None:
-    tokens = tokens_within(COST, budget, cached)
+    tokens = COST.tokens_within(budget, cached)
     assert tokens == 0 or COST.flops(tokens, cached) <= budget
     assert COST.flops(tokens + 1, cached) > budget
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from asyncep_kernels.moe.table import ExpertTable
+from asyncep_sgl.strategies import current
+from asyncep_sgl.strategies.base import ExpertLayer, RankStrategy, TopK
 
 CONFIG: dict[str, Any] = {
     "activation": "silu",
@@ -32,10 +36,36 @@ def layer(w13: torch.Tensor, w2: torch.Tensor) -> SimpleNamespace:
     return SimpleNamespace(layer_id=3, w13_weight=w13, w2_weight=w2)
 
 
+class Gathering(RankStrategy):
+    """A rank whose layers are computed on ``table``."""
+
+    def __init__(self) -> None:
+        self.table: ExpertTable | None = None
+
+    def in_place(self, layer: int) -> bool:
+        return False
+
+    def moe(self, layer: ExpertLayer, hidden: torch.Tensor, topk: TopK) -> torch.Tensor:
+        assert self.table is not None
+        return layer.compute(hidden, topk, self.table)
+
+
+@contextlib.contextmanager
+def gathering() -> Iterator[Gathering]:
+    """This process is such a rank meanwhile."""
+    strategy = Gathering()
+    current.take(strategy)
+    try:
+        yield strategy
+    finally:
+        current.take(None)
+
+
 def forward(
     hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor
 ) -> list[torch.Tensor]:
     """The same batch through the parameters, then with the odd experts in one slot, then in another."""
+    from asyncep_sgl import cuda_operators
     from asyncep_sgl.cuda_operators import around_forward_cuda
 
     def stock(*_: Any) -> Any:
@@ -51,8 +81,15 @@ def forward(
         slots.append(ExpertTable(*sides))
     gathered.w13_weight[1::2] = float("nan")
     gathered.w2_weight[1::2] = float("nan")
-    for slot in (*slots, slots[0]):
-        gathered.asyncep_experts = slot
-        found.append(around_forward_cuda(stock, method(), gathered, dispatched).hidden_states.clone())
-    assert len(gathered.asyncep_pointers) == 2, "addresses are made once a slot"
+    made = []
+    real = cuda_operators.pointer_table
+    cuda_operators.pointer_table = lambda *given: made.append(given) or real(*given)  # type: ignore[func-returns-value]
+    try:
+        with gathering() as strategy:
+            for slot in (*slots, slots[0]):
+                strategy.table = slot
+                found.append(around_forward_cuda(stock, method(), gathered, dispatched).hidden_states.clone())
+    finally:
+        cuda_operators.pointer_table = real
+    assert len(made) == 2, "addresses are made once a slot"
     return found

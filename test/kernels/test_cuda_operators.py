@@ -50,8 +50,7 @@ def test_other_experts_go_to_sglang_unless_they_are_gathered(changed: dict[str, 
     weight = torch.zeros(2, 64, 48, dtype=torch.bfloat16)
     layer, method = cuda_layer.layer(weight, weight), cuda_layer.method(**changed)
     assert around_forward_cuda(lambda *_: "stock", method, layer, dispatched()) == "stock"
-    layer.asyncep_experts = ExpertTable(weight, weight)
-    with pytest.raises(SeamError, match="layer 3 gathers its experts"):
+    with cuda_layer.gathering(), pytest.raises(SeamError, match="layer 3: SGLang's own operator would not see"):
         around_forward_cuda(lambda *_: "stock", method, layer, dispatched())
 
 

@@ -122,6 +122,16 @@ class ModelCost:
         """Mean FLOPs of one layer of the pass: the quantity that T, the threshold, is measured in."""
         return self.flops(new, cached, 0) / len(self.shape.layers)
 
+    def tokens_within(self, budget: float, cached: int = 0) -> int:
+        """The most new tokens after `cached` ones that cost no more than `budget` FLOPs. Cost grows with tokens."""
+        low, high = 0, 1
+        while self.flops(high, cached) <= budget:
+            low, high = high, high * 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.flops(middle, cached) <= budget else (low, middle)
+        return low
+
     def threshold_flops(self, per_layer: float) -> float:
         """T as calibrated (FLOPs per layer and batch) in FLOPs of a whole pass, the ledger's unit.
 

@@ -1,0 +1,115 @@
+"""AsyncEP as the launcher, the router and the front see it."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from asyncep_router.cost import ModelCost
+from asyncep_sgl.errors import UsageError
+from asyncep_sgl.experts.link import link_environment
+from asyncep_sgl.strategies.base import FrontPlace, SideProcess, Strategy
+
+if TYPE_CHECKING:
+    from prometheus_client.registry import Collector
+
+    from asyncep_sgl.command_line import ServeOptions
+    from asyncep_sgl.config import GroupConfig
+    from asyncep_sgl.experts.messages import Status
+    from asyncep_sgl.strategies.base import RankPlace, RankStrategy
+
+
+class AsyncEP(Strategy):
+    """Weights are gathered layer by layer into slots, while earlier layers compute."""
+
+    name = "asyncep"
+
+    @classmethod
+    def refuse(cls, options: ServeOptions, group: GroupConfig) -> None:
+        """A run in which nothing could be gathered, and operators that would not see what was."""
+        if not group.divides:
+            raise UsageError(
+                "--asyncep-strategy asyncep: all experts are in this host's memory; give --nnodes N or "
+                "--asyncep-expert-memory SIZE, or leave the flag out"
+            )
+        if options.kernels != "ours" and group.gathers:
+            raise UsageError("--asyncep-kernels sglang: only our kernels read gathered experts; leave the flag out")
+
+    def side_processes(self) -> Sequence[SideProcess]:
+        """What other hosts read this host's experts through; it holds nothing that is not in the store."""
+        if self.config.group.nodes == 1:
+            return ()
+        return (SideProcess("exporter", (sys.executable, "-m", "asyncep_sgl.experts.exporter")),)
+
+    def environment(self, outside: Mapping[str, str]) -> Mapping[str, str]:
+        """Where UCX listens."""
+        group = self.config.group
+        return link_environment(group.rendezvous, outside) if group.nodes > 1 else {}
+
+    def sglang_flags(self) -> Sequence[str]:
+        """Batches are cut by FLOPs: their tokens are only the bound that memory sets.
+
+        SGLang would keep memory free for a GPU's graphs in proportion to that, more than a small host has.
+        """
+        return ("--chunked-prefill-size", "16384", "--mem-fraction-static", "0.8")
+
+    @property
+    def gathers(self) -> bool:
+        """Unless every layer is kept whole."""
+        return self.config.group.gathers
+
+    @property
+    def may_stall(self) -> bool:
+        """While another host is away."""
+        return self.config.group.nodes > 1
+
+    def gates(self) -> Sequence[tuple[type[Any], Mapping[str, Any]]]:
+        """Refuses requests while experts are out of reach."""
+        group = self.config.group
+        if group.nodes == 1:
+            return ()
+        from asyncep_sgl.experts.view import ViewClient
+        from asyncep_sgl.strategies.asyncep.group_gate import GroupGate, GroupHealth, watch
+
+        health = GroupHealth(group.nodes, group.copies, group.patience_seconds)
+        watch(health, ViewClient(group.exporter_address))
+        return ((GroupGate, {"health": health}),)
+
+    def collectors(self, status: Callable[[], Status]) -> Sequence[Collector]:
+        """The ranks' gathers."""
+        if not self.gathers:
+            return ()
+        from asyncep_sgl.strategies.asyncep.gather_metrics import GatherCollector
+
+        return (GatherCollector(lambda: status().gathers),)
+
+    def first_work(self, place: FrontPlace) -> None:
+        """T is measured before the first client comes."""
+        if not self.gathers:
+            return
+        from asyncep_sgl.strategies.asyncep.calibration import calibrate
+
+        cost = ModelCost.from_config(place.model)
+
+        def hiding_tokens() -> int | None:
+            known = [gather.saturation_flops for gather in place.status().gathers if gather.saturation_flops]
+            if not known:
+                return None
+            return cost.tokens_within(cost.threshold_flops(statistics.fmean(known)))
+
+        calibrate(
+            place.url,
+            ranks=self.config.ranks,
+            vocabulary=place.model["vocab_size"],
+            context=place.context,
+            api_key=place.api_key,
+            hiding_tokens=hiding_tokens,
+        )
+
+    def rank(self, place: RankPlace) -> RankStrategy:
+        """A rank that gathers."""
+        from asyncep_sgl.strategies.asyncep.rank import AsyncEPRank
+
+        return AsyncEPRank(place)
