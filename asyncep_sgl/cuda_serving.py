@@ -128,7 +128,8 @@ def plan(
     flags = [*attention.flags, "--moe-runner-backend", "triton"]
     if group.divides:
         # Batches are cut by FLOPs there; the tokens of a batch are only the bound that memory sets.
-        flags += ["--chunked-prefill-size", str(MOST_TOKENS)]
+        # SGLang would keep memory free for graphs in proportion to them, more than a GPU has.
+        flags += ["--chunked-prefill-size", str(MOST_TOKENS), "--mem-fraction-static", "0.8"]
     environment = {
         **attention.environment,
         # Would write to all experts after loading, other ranks' too.

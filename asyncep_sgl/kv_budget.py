@@ -12,7 +12,7 @@ SHARE_OF_FREE_MEMORY = 0.3
 LEAST_TOKENS = 4096
 # Beyond this, more cache saves little and only makes the start slower.
 MOST_TOKENS = 262_144
-# Of `command_line.sglang_arguments` where batches are cut by FLOPs; more than SGLang's own on a CPU.
+# Where batches are cut by FLOPs (`strategies.asyncep`); more than SGLang's own on a CPU.
 LARGEST_BATCH_TOKENS = 16_384
 
 

@@ -185,7 +185,7 @@ def _prepare(
             extra=strategy.sglang_flags() if cuda is None else cuda.flags,
         ),
     ]
-    if cuda is None and not isa.computes_bf16() and _item_bytes(options, model_config) == 2:
+    if cuda is None and not isa.computes_bf16() and _item_bytes(options) == 2:
         logger.warning(
             "this CPU has no instructions for bfloat16 and computes it many times more slowly than float32; with "
             "--dtype float32 the experts take twice the memory"
@@ -236,14 +236,13 @@ def _cpu_kv_tokens(options: ServeOptions, model_config: dict[str, Any]) -> int:
         model_config,
         ranks=options.ranks,
         free_bytes=available_bytes(),
-        item_bytes=_item_bytes(options, model_config),
+        item_bytes=_item_bytes(options),
     )
 
 
-def _item_bytes(options: ServeOptions, model_config: dict[str, Any]) -> int:
-    """Of one weight."""
-    dtype = options.dtype if options.dtype != "auto" else model_config.get("dtype") or model_config.get("torch_dtype")
-    return 4 if dtype in ("float32", "float") else 2
+def _item_bytes(options: ServeOptions) -> int:
+    """Of one weight. SGLang serves a checkpoint in float32 in half of that, unless told otherwise."""
+    return 4 if options.dtype in ("float32", "float") else 2
 
 
 def _strategy(options: ServeOptions, group: GroupConfig) -> str:
@@ -254,7 +253,7 @@ def _group(options: ServeOptions, model_config: dict[str, Any], cuda: CudaPlan |
     """Who keeps which experts, and whether anything has to be gathered because of it."""
     group = _flags_of_group(options) if cuda is None else cuda.group
     transport = "host" if cuda is None else cuda.transport
-    layers = moe_layers(model_config, _item_bytes(options, model_config))
+    layers = moe_layers(model_config, _item_bytes(options))
     return msgspec.structs.replace(group, gathers=gathers(group, options.ranks, transport, layers))
 
 

@@ -73,6 +73,7 @@ def _around_scheduler(original: Callable[..., None], *args: Any, **kwargs: Any) 
         torch.set_num_threads(len(config.cpus[rank]))
     if _our_kernels():
         take_operators()
+    experts = join_store(config.transport, rank, config.ranks, config.store_address, config.group)
     cost = ModelCost.from_config(read_config(get_model().model_path, get_model().revision))
     if config.router is not None:
         RouterEventPublisher.join = "joined-events" not in config.without
@@ -81,13 +82,17 @@ def _around_scheduler(original: Callable[..., None], *args: Any, **kwargs: Any) 
     place = RankPlace(
         rank=rank,
         config=config,
-        experts=join_store(config.transport, rank, config.ranks, config.store_address, config.group),
+        experts=experts,
         cost=cost,
         folder=lambda: local_folder(get_model().model_path, get_model().revision),
         device=lambda: None if config.transport == "host" else torch.device("cuda", torch.cuda.current_device()),
         tell_threshold=_reporter.threshold if _reporter is not None else lambda flops: None,
     )
-    current.take(registry.of(config).rank(place))
+    try:
+        current.take(registry.of(config).rank(place))
+    except Exception as error:
+        experts.report_failure(error)
+        raise
     with _failures_reported():
         original(*args, **kwargs)
 
@@ -127,7 +132,10 @@ def _after_batch_result(_: None, _scheduler: Any, batch: Any, *__: Any) -> None:
     if _reporter is not None:
         _reporter.batch_done(batch, seconds)
     if (strategy := current.rank()) is not None:
-        strategy.batch_done(list(zip(batch.extend_lens or (), batch.prefix_lens or (), strict=True)), seconds)
+        # SGLang leaves a batch that decodes the lengths of its prefill.
+        decodes = batch.forward_mode.is_decode()
+        lengths = () if decodes else zip(batch.extend_lens or (), batch.prefix_lens or (), strict=True)
+        strategy.batch_done(list(lengths), seconds)
 
 
 @contextmanager
@@ -227,11 +235,10 @@ def _after_load_model(_: None, runner: Any, *args: Any, **kwargs: Any) -> None:
     if strategy is None or runner.is_draft_worker:
         return
     strategy.loaded()
-    if strategy.told:
-        # Imported only now: SGLang's layers must have been hooked before.
-        from asyncep_sgl.layer_events import LayerEvents
+    # Imported only now: SGLang's layers must have been hooked before.
+    from asyncep_sgl.layer_events import LayerEvents
 
-        LayerEvents(runner.model, strategy)
+    LayerEvents(runner.model, strategy)
 
 
 # --- every process ------------------------------------------------------------------------------------------------
@@ -261,8 +268,9 @@ def _before_generate(manager: Any, obj: Any, request: Any = None, *_: Any, **__:
     admit(manager, obj, _active_config())
     # Requests of this process itself have no caller.
     check_priority(obj.priority, admin=request is None or caller.get().admin)
-    if in_batch.get() and obj.priority is None and _router_has_priorities(manager.server_args):
-        obj.priority = _BATCH_PRIORITY
+    if in_batch.get() and _router_has_priorities(manager.server_args):
+        # Whatever a line says, others pass it.
+        obj.priority = _BATCH_PRIORITY if obj.priority is None else min(obj.priority, _BATCH_PRIORITY)
     obj.http_worker_ipc = None
     if _active_config().router is not None:
         address = getattr(request, "client", None)

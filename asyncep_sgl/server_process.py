@@ -79,7 +79,7 @@ def _serve(arguments: list[str], config: AsyncEPConfig, door: Door) -> None:
 
     # First, as in sglang.launch_server: what is imported from here on is already hooked.
     load_plugins()
-    from asyncep_sgl.front.seams import BATCH_RATES, owner_of
+    from asyncep_sgl.front.seams import owner_of
     from asyncep_sgl.front_start import (
         admit_zero_max_tokens,
         fork_processes_ahead,
@@ -145,7 +145,6 @@ def _serve(arguments: list[str], config: AsyncEPConfig, door: Door) -> None:
         most=config.ranks * (_BATCH_REQUESTS_ROUTED if config.router is not None else _BATCH_REQUESTS),
         bounds=Bounds(config.file_bytes, config.file_days, config.disk_floor),
         keys=policy.keys,
-        rates=BATCH_RATES,
     )
 
     def drained() -> None:

@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ from hostile.model import hostile_model
 from hostile.schema import routes, sglang_document
 from hostile.servers import end_in_order
 from hostile.stand import Stand, stand
-from hostile.watch import Watch, growth, sampled
+from hostile.watch import Watch, growth, held
 from records import Claim, write
 
 _SETTLED_SHARE = 1 / 6  # five minutes of thirty
@@ -34,13 +35,13 @@ _HOSTILE = 4
 _QUIET_SECONDS = 20.0
 
 
-async def quiet_descriptors(both: Stand, seconds: float) -> dict[str, int]:
-    """Descriptors of each process once they stand still while nobody asks."""
+async def quiet_descriptors(both: Stand, seconds: float) -> dict[str, Counter[str]]:
+    """What each process's descriptors are once they stand still while nobody asks."""
     deadline = time.monotonic() + seconds
-    last: dict[str, int] = {}
+    last: dict[str, Counter[str]] = {}
     while True:
         await asyncio.sleep(min(2.0, seconds / 4))
-        now = {name: sample.descriptors for name, sample in sampled(both.roles(), 0.0).items()}
+        now = {name: held(process) for name, process in both.roles().items()}
         if (now == last and time.monotonic() > deadline - seconds / 2) or time.monotonic() > deadline:
             return now
         last = now
@@ -76,13 +77,18 @@ async def soaked(both: Stand, args: argparse.Namespace) -> tuple[dict[str, Any],
     worst = max((value for value in growths.values() if value is not None), default=0.0)
     failed = sum(tally[what] for tally in tallies for what in ("wrong", "refused", "lost"))
     score = {"sent": early.score.sent + late.score.sent, "deaths": early.score.deaths + late.score.deaths}
-    apart = {name: (before.get(name), after.get(name)) for name in sorted(before.keys() | after.keys())}
-    unequal = {name: pair for name, pair in apart.items() if pair[0] != pair[1]}
+    apart = {name: (_number(before.get(name)), _number(after.get(name))) for name in sorted(before | after)}
+    unequal = {
+        name: {"gone": dict(before[name] - after[name]), "new": dict(after[name] - before[name])}
+        for name, pair in apart.items()
+        if pair[0] != pair[1] and name in before and name in after
+    }
     raw = {
         "seconds": args.seconds,
         "settled_after_s": settled_at,
         "growth": growths,
         "descriptors": apart,
+        "unequal": unequal,
         "honest": tallies,
         "hostile": {**score, "findings": [f.record() for a in (early, late) for f in a.score.findings.values()]},
         "memory": watch.raw(),
@@ -90,12 +96,25 @@ async def soaked(both: Stand, args: argparse.Namespace) -> tuple[dict[str, Any],
     return raw, [
         Claim("seconds of load", args.seconds, 60 if args.quick else 1800, "s"),
         Claim("largest growth of a process's memory once settled", worst, _WITHIN, "share", False),
-        Claim("processes whose descriptors are not as many", len(unequal), 0, "processes", False),
+        Claim(
+            "processes whose descriptors are not as many",
+            sum(one != other for one, other in apart.values()),
+            0,
+            "processes",
+            False,
+        ),
         Claim("honest requests answered right", sum(tally["right"] for tally in tallies), 100, "requests"),
         Claim("honest requests refused, wrong or lost", failed, 0, "requests", False),
         Claim("hostile requests beside them", score["sent"], 100, "requests"),
         Claim("processes that died", score["deaths"], 0, "deaths", False),
     ]
+
+
+def _number(descriptors: Counter[str] | None) -> int | None:
+    """Of all descriptors; a connection is there twice, by its state and as a socket."""
+    if descriptors is None:
+        return None
+    return sum(count for what, count in descriptors.items() if not what.startswith("tcp "))
 
 
 async def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[Claim]]:
@@ -120,7 +139,7 @@ def main() -> int:
     raw, claims = asyncio.run(run(args))
     for name, value in raw["growth"].items():
         grown = "too few samples" if value is None else f"{value:+.1%}"
-        print(f"{name}: {grown}, descriptors {raw['descriptors'].get(name)}")
+        print(f"{name}: {grown}, descriptors {raw['descriptors'].get(name)} {raw['unequal'].get(name, '')}")
     for claim in claims:
         state = "holds" if claim.holds else "FALLS SHORT"
         print(f"{state}: {claim.name}: {claim.value:g} {claim.unit} (wanted {claim.wanted:g})")

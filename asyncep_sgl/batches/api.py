@@ -51,7 +51,7 @@ class BatchApi:
         most: requests of batches under way at a time.
         bounds: what the operator allows.
         keys: of the server.
-        rates: lines of batches are counted there when they are served.
+        rates: prompts of batches' lines, apart from their owners' other requests.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class BatchApi:
                 self._send,
                 most=self._most,
                 caller_named=self._keys.named,
-                debt_seconds=self._rates.debt_seconds,
+                rates=self._rates,
             )
             stack.push_async_callback(runner.close)
             await runner.resume()
@@ -313,6 +313,8 @@ async def _sweep(store: BatchStore, runner: BatchRunner) -> None:
             await store.sweep()
         except DiskError as error:
             logger.warning("expired files stay for now: %s", error.message)
+        except Exception:
+            logger.exception("expired files stay for now")
         runner.look_again()
         await asyncio.sleep(_SWEEP_SECONDS)
 

@@ -141,11 +141,12 @@ class Ledger:
 
     def beyond(self, caller: Caller, size: int) -> str | None:
         """Which quota so many more bytes of an upload would exceed; None if none."""
-        if (why := self._quota(caller, size)) is not None:
+        if (why := self._quota(caller, self._written(), size)) is not None:
             return why
         if caller.file_bytes is None and not caller.admin and caller.name not in _WITHOUT_NEIGHBOURS:
-            own = self.used[caller.name] + self._outputs(caller.name) + size
-            left = self.bounds.file_bytes - self.used.total() - self._outputs() - size
+            written = self._written()
+            own = self.used[caller.name] + written[caller.name] + size
+            left = self.bounds.file_bytes - self.used.total() - written.total() - size
             if own > left:
                 return (
                     f"your files would take {own} bytes and leave {left} of {self.bounds.file_bytes} "
@@ -153,19 +154,39 @@ class Ledger:
                 )
         return None
 
-    def _quota(self, caller: Caller, size: int) -> str | None:
-        """Which quota so many more bytes of files, of whatever kind, would exceed; None if none."""
-        own = self.used[caller.name] + self._outputs(caller.name) + size
-        everyone = self.used.total() + self._outputs() + size
+    def _quota(self, caller: Caller, outputs: Counter[str], size: int) -> str | None:
+        """Which quota so many more bytes of files, of whatever kind, would exceed; None if none.
+
+        Args:
+            outputs: bytes of running batches' files by owner.
+        """
+        own = self.used[caller.name] + outputs[caller.name] + size
+        everyone = self.used.total() + outputs.total() + size
         if caller.file_bytes is not None and own > caller.file_bytes:
-            return f"your files would take {own} bytes of the {caller.file_bytes} that your key allows (file_bytes)"
+            return (
+                f"your files, with the outputs of running batches, would take {own} bytes of the {caller.file_bytes} "
+                "that your key allows (file_bytes)"
+            )
         if everyone > self.bounds.file_bytes:
-            return f"all files would take {everyone} bytes of {self.bounds.file_bytes} (--asyncep-file-quota)"
+            return (
+                f"all files, with the outputs of running batches, would take {everyone} bytes of "
+                f"{self.bounds.file_bytes} (--asyncep-file-quota)"
+            )
         return None
 
-    def _outputs(self, owner: str | None = None) -> int:
-        """Bytes of the files that batches will write: an owner's, or everybody's."""
-        return sum(one.files for one in self._promised.values() if owner is None or one.owner == owner)
+    def _written(self) -> Counter[str]:
+        """Bytes of the files that running batches would write if they ended now, by owner."""
+        found = Counter[str]()
+        for one in self._promised.values():
+            found[one.owner] += one.finish
+        return found
+
+    def _expected(self) -> Counter[str]:
+        """Bytes of the files that running batches are expected to write, by owner."""
+        found = Counter[str]()
+        for one in self._promised.values():
+            found[one.owner] += one.files
+        return found
 
     def give(self, owner: str, size: int, files: int = 0) -> None:
         """Bytes and files of an owner's are gone."""
@@ -198,18 +219,28 @@ class Ledger:
         self._promised.pop(batch, None)
 
     def never(self, caller: Caller, promise: Promise, size: int) -> str | None:
-        """Why a batch can never be begun; None where it may be.
+        """Why a batch can never be begun; None where it may be. No answer is smaller than what is counted here.
 
         Args:
-            promise: what it will write.
+            promise: what it will write; of a batch without answers yet.
             size: bytes of its input, which is there until its end.
         """
-        needed = size + promise.files
-        answers = f"its input has {size} bytes and its answers are expected to take {promise.files}"
+        needed = size + promise.finish
+        answers = f"its input has {size} bytes and its answers will take at least {promise.finish}"
         if caller.file_bytes is not None and needed > caller.file_bytes:
             return f"{answers}; your key allows {caller.file_bytes} bytes (file_bytes); divide the batch"
         if needed > self.bounds.file_bytes:
             return f"{answers}; all files may take {self.bounds.file_bytes} (--asyncep-file-quota); divide the batch"
+        return None
+
+    def full(self, caller: Caller, more: int) -> str | None:
+        """Why a running batch of a caller's does not go on; None lets it.
+
+        Args:
+            more: bytes of answers that come next.
+        """
+        if (why := self._quota(caller, self._written(), more)) is not None:
+            return f"waits for space: {why}; delete files that are done with, or cancel batches"
         return None
 
     def hold(self, caller: Caller, promise: Promise, room: int) -> str | None:
@@ -220,9 +251,11 @@ class Ledger:
             room: bytes of the disk that may still be used.
         """
         own = [other for other in self._promised.values() if other.owner == caller.name]
-        if (why := self._quota(caller, promise.files)) is not None:
-            whom = "your other batches" if own else "space"
-            return f"waits for {whom}: with its answers {why}; delete files that are done with"
+        # What is expected keeps a second one waiting. The first is begun on what is certain, or else batches that wait
+        # could keep each other from beginning, as their inputs stay.
+        outputs, size = (self._expected(), promise.files) if own else (self._written(), promise.finish)
+        if (why := self._quota(caller, outputs, size)) is not None:
+            return f"waits for space: {why}; delete files that are done with, or cancel batches"
         left = room - self.promised
         if promise.disk > left:
             return (

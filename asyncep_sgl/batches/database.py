@@ -110,15 +110,17 @@ class Database:
         """A transaction that has to succeed on a full disk too: the reserve is given up for it.
 
         Args:
-            work: what is done inside; it may be done twice.
+            work: what is done inside; it may be done several times.
         """
-        try:
-            async with self.change():
-                await work()
-        except NoSpace:
-            self._disk.release()
-            async with self.change():
-                await work()
+        while True:
+            try:
+                async with self.change():
+                    await work()
+                return
+            except NoSpace:
+                # In pieces: others may be as quick as this to take what has become free.
+                if not self._disk.release():
+                    raise
 
     async def rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
         """What a query finds; not to be called inside a transaction."""

@@ -78,13 +78,20 @@ class Disk:
                 "(--asyncep-disk-floor); delete files, or make space for --asyncep-batch-dir"
             )
 
-    def release(self) -> None:
-        """Gives up some of the reserve, for what has to succeed on a full disk."""
-        left = self._kept() - _reserve(os.statvfs(self._folder)) // _STEPS
-        if left > 0:
-            os.truncate(self._ballast, left)
-        else:
-            self._ballast.unlink(missing_ok=True)
+    def release(self) -> bool:
+        """Gives up some of the reserve, for what has to succeed on a full disk; False if there is none."""
+        if not (kept := self._kept()):
+            return False
+        left = kept - _reserve(os.statvfs(self._folder)) // _STEPS
+        try:
+            if left > 0:
+                os.truncate(self._ballast, left)
+                return True
+        except OSError:
+            # A file system that needs space to make a file shorter.
+            logger.debug("the reserve cannot be given up in part; all of it is")
+        self._ballast.unlink(missing_ok=True)
+        return True
 
     def restore(self) -> None:
         """Sets aside what is missing of the reserve, where there is space for it."""
@@ -93,8 +100,12 @@ class Disk:
         if self._kept() >= size or found.f_bavail * found.f_frsize < 4 * size:
             return
         # Others may be faster: what cannot be had now is had later.
-        with contextlib.suppress(OSError), self._ballast.open("ab") as out:
-            os.posix_fallocate(out.fileno(), 0, size)
+        with contextlib.suppress(OSError):
+            descriptor = os.open(self._ballast, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, size)
+            finally:
+                os.close(descriptor)
 
     def _kept(self) -> int:
         """Bytes of the reserve that are set aside."""

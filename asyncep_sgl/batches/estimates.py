@@ -1,6 +1,6 @@
-"""How large answers will be: what is set aside before a batch is begun. Pure.
+"""How many prompts a request has, and how large its answer will be: what is set aside for a batch. Pure.
 
-A batch's own answers correct the estimate as they come, so it has to be of the right order only.
+A batch's own answers correct the estimate of their size as they come, so it has to be of the right order only.
 """
 
 from __future__ import annotations
@@ -16,6 +16,22 @@ _ENTRY, _NUMBER = 40, 25
 _VECTOR = 4096
 
 
+# Where a request has its prompts.
+_PROMPTS = {
+    "/v1/embeddings": ("input",),
+    "/v1/classify": ("input",),
+    "/v1/score": ("items",),
+    "/v1/rerank": ("documents",),
+    "/v1/completions": ("prompt",),
+    "/generate": ("text", "input_ids"),
+}
+
+
+def prompts(endpoint: str, body: dict[str, Any]) -> int:
+    """Prompts of a request, at least 1."""
+    return max((_entries(body.get(field)) for field in _PROMPTS.get(endpoint, ())), default=1)
+
+
 def answer_bytes(endpoint: str, body: dict[str, Any], length: int) -> int:
     """Bytes that the answer to a request is expected to take.
 
@@ -25,29 +41,32 @@ def answer_bytes(endpoint: str, body: dict[str, Any], length: int) -> int:
         length: bytes of its line.
     """
     if endpoint == "/v1/embeddings":
-        return _FRAME + _entries(body.get("input")) * _VECTOR * _NUMBER
+        return _FRAME + prompts(endpoint, body) * _VECTOR * _NUMBER
     if endpoint == "/v1/score":
-        return _FRAME + _entries(body.get("items")) * _entries(body.get("label_token_ids")) * _NUMBER
+        labels = body.get("label_token_ids")
+        return _FRAME + prompts(endpoint, body) * (len(labels) if isinstance(labels, list) else 1) * _NUMBER
     if endpoint in ("/v1/rerank", "/v1/classify"):
         # Documents come back with their scores; a class has a number each.
         return 2 * _FRAME + 2 * length
     if endpoint == "/generate":
-        answers = _entries(body.get("text", body.get("input_ids")))
-        ids = _entries(body.get("token_ids_logprob")) * _ENTRY if body.get("token_ids_logprob") else 0
+        answers, wanted = prompts(endpoint, body), body.get("token_ids_logprob")
+        ids = len(wanted) * _ENTRY if isinstance(wanted, list) else 0
         # From where log-probabilities of the prompt are asked for; -1, the default, is the end alone.
         start = body.get("logprob_start_len")
         whole = body.get("return_logprob") is True and isinstance(start, int) and start >= 0
         echoed = length * _ECHOED * (1 + _count(body.get("top_logprobs_num"))) if whole else 0
         return (_FRAME + ids) * answers + echoed
     if endpoint == "/v1/completions":
-        prompts = _entries(body.get("prompt")) if isinstance(body.get("prompt"), list) else 1
         echoed = length * _ECHOED * (1 + _count(body.get("logprobs"))) if body.get("echo") else 0
-        return (_FRAME + _count(body.get("logprobs")) * _ENTRY) * prompts + echoed
+        return (_FRAME + _count(body.get("logprobs")) * _ENTRY) * prompts(endpoint, body) + echoed
     return 2 * _FRAME + _count(body.get("top_logprobs")) * _ENTRY
 
 
 def _entries(value: Any) -> int:
-    return max(1, len(value)) if isinstance(value, list) else 1
+    """Of a list of texts or of lists of ids; a list of ids is one prompt."""
+    if not isinstance(value, list) or (value and isinstance(value[0], int)):
+        return 1
+    return max(1, len(value))
 
 
 def _count(value: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -122,17 +122,18 @@ class FileStore:
             gone = await self._database.execute("DELETE FROM files WHERE id = ?", (file_id,))
 
         await self._surely([file_id], forget)
-        self.path(file_id).unlink(missing_ok=True)
         if gone:
             self.ledger.give(file.owner, file.size, files=1)
-        self.disk.restore()
+        with self.disk.errors():
+            self.path(file_id).unlink(missing_ok=True)
+            self.disk.restore()
 
     async def sweep(self) -> None:
         """Forgets files that have expired and that no unfinished batch needs. Works on a full disk."""
         query = f"""SELECT id, owner, size FROM files WHERE expires_at <= ?
             AND id NOT IN (SELECT input_file FROM batches WHERE {_NEEDS_INPUT})"""
         now = int(self._clock())
-        if not (old := [one["id"] for one in await self._database.rows(query, (now,))]):
+        if not (old := {one["id"] for one in await self._database.rows(query, (now,))}):
             return
         gone = list[Any]()
 
@@ -143,10 +144,12 @@ class FileStore:
 
         await self._surely(old, forget)
         for one in gone:
-            self.path(one["id"]).unlink(missing_ok=True)
             self.ledger.give(one["owner"], one["size"], files=1)
+        with self.disk.errors():
+            for one in gone:
+                self.path(one["id"]).unlink(missing_ok=True)
 
-    async def _surely(self, going: Sequence[str], forget: Callable[[], Awaitable[None]]) -> None:
+    async def _surely(self, going: Collection[str], forget: Callable[[], Awaitable[None]]) -> None:
         """Forgets files for certain: where not even the reserve was there, the space of their contents is."""
         try:
             await self._database.surely(forget)

@@ -10,8 +10,8 @@ a server of that model, and ends here with its window or when it is cancelled.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -20,14 +20,16 @@ from typing import IO, TypeVar
 import orjson
 
 from asyncep_router.keys import Caller
+from asyncep_router.rates import Rates
 from asyncep_sgl.batches.bounds import Promise
 from asyncep_sgl.batches.disk import DiskError, NoSpace
+from asyncep_sgl.batches.estimates import prompts
 from asyncep_sgl.batches.inputs import FileChanged, open_input, read_body, read_input, unreadable
 from asyncep_sgl.batches.lines import Problem, RequestLine
 from asyncep_sgl.batches.mark import in_batch
 from asyncep_sgl.batches.records import NEED_INPUT, BatchRecord
 from asyncep_sgl.batches.requests import Answer
-from asyncep_sgl.batches.store import BatchStore, Final
+from asyncep_sgl.batches.store import BatchStore, Final, model_name
 from asyncep_sgl.batches.turns import Turns
 from asyncep_sgl.batches.work import Answers, Work
 from asyncep_sgl.front.caller import caller
@@ -61,10 +63,6 @@ def _nobody_known(_name: str) -> Caller | None:
     return None
 
 
-def _no_debt(_caller: Caller) -> float:
-    return 0.0
-
-
 class BatchRunner:
     """The batches of one store.
 
@@ -74,7 +72,7 @@ class BatchRunner:
         most: requests under way at a time, of all batches together.
         clock: seconds since 1970.
         caller_named: who has a key of this name; None where nobody does.
-        debt_seconds: after how long a caller's rate allows the next request.
+        rates: prompts of the lines that are sent.
     """
 
     def __init__(
@@ -86,10 +84,10 @@ class BatchRunner:
         most: int,
         clock: Callable[[], float] = time.time,
         caller_named: Callable[[str], Caller | None] = _nobody_known,
-        debt_seconds: Callable[[Caller], float] = _no_debt,
+        rates: Rates | None = None,
     ) -> None:
-        self._store, self._model, self._send, self._clock = store, os.path.realpath(model), send, clock
-        self._caller_named, self._debt_seconds = caller_named, debt_seconds
+        self._store, self._model, self._send, self._clock = store, model_name(model), send, clock
+        self._caller_named, self._rates = caller_named, rates or Rates()
         self._turns = Turns(most)
         self._reading = asyncio.Semaphore(_MOST_READING)
         self._active: Counter[str] = Counter()
@@ -107,8 +105,7 @@ class BatchRunner:
         if batch.id not in self._tasks and not self._closing:
             # A key that is gone leaves its owner's batches what it allowed when they were created.
             owner = self._caller_named(batch.owner) or Caller(batch.owner, file_bytes=batch.quota)
-            # Two spellings of a folder are one model; a name of the hub's is compared as it is.
-            foreign = os.path.realpath(batch.model) != self._model
+            foreign = model_name(batch.model) != self._model
             work = self._works[batch.id] = Work(batch.id, owner, foreign)
             work.going.set()
             timer = asyncio.get_running_loop().call_later(max(0.0, batch.expires_at - self._clock()), self._stop, work)
@@ -214,9 +211,7 @@ class BatchRunner:
     async def _batch(self, work: Work) -> None:
         batch = await self._store.batch(work.id)
         if work.foreign and batch.status in NEED_INPUT:
-            while not work.end.is_set():
-                work.waits = _ANOTHER_MODEL
-                await work.pause(_LONGEST_PAUSE)
+            await self._wait_for_its_model(work, batch)
         elif batch.status == "validating":
             await self._begin(work, batch)
         batch = await self._store.batch(work.id)
@@ -233,11 +228,24 @@ class BatchRunner:
         if not await self._store.requests.unanswered(work.id):
             await self._store.finalizing(work.id)
             final = "completed"
-        if (await self._store.batch(work.id)).status == "cancelling":
+        if await self._cancelled(work):
             final = "cancelled"
         elif work.problem is not None:
             return await self._store.finish(work.id, "failed", [work.problem])
         await self._store.finish(work.id, final)
+
+    async def _wait_for_its_model(self, work: Work, batch: BatchRecord) -> None:
+        """Returns when the batch is to end, here or with this server."""
+        if batch.status == "in_progress":
+            # What it has will be written whatever happens.
+            size = Answers(batch, *await self._store.requests.kept(work.id)).promise().finish
+            self._store.ledger.promise(work.id, Promise(batch.owner, size, size, size))
+        while not (work.end.is_set() or self._closing or await self._cancelled(work)):
+            work.waits = _ANOTHER_MODEL
+            await work.pause(_LONGEST_PAUSE)
+
+    async def _cancelled(self, work: Work) -> bool:
+        return (await self._store.batch(work.id)).status == "cancelling"
 
     async def _end_unbegun(self, work: Work, batch: BatchRecord) -> None:
         """Ends a batch none of whose requests was begun; its errors say why."""
@@ -283,7 +291,7 @@ class BatchRunner:
             return
         while (why_not := ledger.hold(work.caller, promise, self._store.disk.room())) is not None:
             work.waits = why_not
-            if work.end.is_set():
+            if work.end.is_set() or self._closing or await self._cancelled(work):
                 return
             await work.pause(_LOOK_SECONDS)
         ledger.promise(work.id, promise)
@@ -320,38 +328,57 @@ class BatchRunner:
                 while not writer.done() and await self._may_go_on(work, answers):
                     if not page and not (page := await self._surely(work, self._take(work))):
                         break
-                    if (seconds := self._debt_seconds(work.caller)) > 0:
-                        await work.pause(min(seconds, _LOOK_SECONDS))
-                        continue
                     await self._turns.enter(work.owner, work.id)
                     if work.stopped or not work.going.is_set():
                         self._turns.leave(work.owner, work.id)
                         continue
-                    group.create_task(self._request(work, batch, page.pop(0), file, queue))
+                    line = page.pop(0)
+                    await self._charge(work, batch, line, file)
+                    group.create_task(self._request(work, batch, line, file, queue))
         finally:
             queue.put_nowait(None)
             await writer
 
     def _take(self, work: Work) -> Callable[[], Awaitable[list[RequestLine]]]:
-        return lambda: self._store.requests.take(work.id, _PAGE)
+        # What is taken is marked as under way: of a slow owner no more than what a second allows.
+        rate = work.caller.prompts_per_second
+        most = _PAGE if rate is None else max(1, min(_PAGE, int(rate)))
+        return lambda: self._store.requests.take(work.id, most)
+
+    async def _charge(self, work: Work, batch: BatchRecord, line: RequestLine, file: IO[bytes]) -> None:
+        """Counts a line's prompts towards its owner's rate, before it is sent. Its errors are those of the request."""
+        if work.caller.prompts_per_second is None:
+            return
+        with contextlib.suppress(OSError, ValueError):
+            body = orjson.loads(await asyncio.to_thread(read_body, file, line))
+            self._rates.charge(work.caller, prompts(batch.endpoint, body) if isinstance(body, dict) else 1)
+
+    async def _may_by_rate(self, work: Work) -> bool:
+        """Waits until the owner's rate allows a request; False if the batch is to end meanwhile."""
+        while not work.stopped and (seconds := self._rates.debt_seconds(work.caller)) > 0:
+            work.waits = "waits for the rate of its owner's key (prompts_per_second)"
+            await work.pause(min(seconds, _LOOK_SECONDS))
+        return not work.stopped
 
     async def _may_go_on(self, work: Work, answers: Answers) -> bool:
         """Whether more requests are to be sent; waits until there is space for their answers."""
         ledger, disk = self._store.ledger, self._store.disk
-        while not work.stopped:
+        while await self._may_by_rate(work):
             promise = answers.promise()
             ledger.promise(work.id, promise)
             # Every batch can always end with the answers that it has.
             left = max(1, answers.batch.total - answers.number)
             page = 2 * (promise.files - promise.finish) * min(_PAGE, left) // left
+            full = ledger.full(work.caller, page // 2)
             try:
                 disk.need(ledger.to_finish + page)
             except NoSpace as error:
                 self._wait_for(work, error)
             else:
-                if work.going.is_set():
+                if full is None and work.going.is_set():
                     work.waits = None
                     return True
+                work.waits = full or work.waits
             await work.pause(_LOOK_SECONDS)
         return False
 
@@ -372,7 +399,7 @@ class BatchRunner:
     async def _suspects(self, work: Work, batch: BatchRecord, file: IO[bytes]) -> None:
         """Sends those during which the server ended once more, each alone."""
         pause, errors = _FIRST_PAUSE, Counter[int]()
-        while not work.end.is_set() and (lines := await self._store.requests.suspects(work.id, 1)):
+        while await self._may_by_rate(work) and (lines := await self._store.requests.suspects(work.id, 1)):
             [line] = lines
             try:
                 body = await asyncio.to_thread(read_body, file, line)
@@ -383,6 +410,7 @@ class BatchRunner:
             try:
                 if work.end.is_set():
                     return
+                await self._charge(work, batch, line, file)
                 await self._store.requests.mark_alone(work.id, line.number, True)
                 status, answer = await self._answer(batch.endpoint, body)
                 errors[line.number] += _is_error(status)

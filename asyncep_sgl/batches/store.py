@@ -82,7 +82,7 @@ class BatchStore:
         batch_id = f"batch_{uuid.uuid4().hex}"
         values = {
             "id": batch_id,
-            "model": model,
+            "model": model_name(model),
             "endpoint": order.endpoint,
             "input_file": file.id,
             "window": order.window,
@@ -184,8 +184,9 @@ class BatchStore:
     async def accept(self, batch_id: str, requests: Sequence[RequestLine]) -> None:
         """The input file is good: its requests are to be done."""
         async with self._database.change():
-            await self.requests.enter(batch_id, requests)
-            await self._move(batch_id, "in_progress", ("validating",))
+            # Not if it was cancelled meanwhile.
+            if await self._move(batch_id, "in_progress", ("validating",)):
+                await self.requests.enter(batch_id, requests)
 
     async def cancel(self, batch_id: str, owners: Sequence[str] | None = None) -> BatchRecord:
         """Asks for a batch's end; asking again changes nothing. Works on a full disk.
@@ -194,7 +195,11 @@ class BatchStore:
             ApiError: 404; there is none. 409; it has ended.
         """
         await self.batch(batch_id, owners)
-        await self._database.surely(lambda: self._move(batch_id, "cancelling", ("validating", "in_progress")))
+
+        async def move() -> None:
+            await self._move(batch_id, "cancelling", ("validating", "in_progress"))
+
+        await self._database.surely(move)
         batch = await self.batch(batch_id)
         if batch.status not in ("cancelling", "cancelled"):
             raise ApiError(409, f"{batch_id} is {batch.status} and can no longer be cancelled")
@@ -290,12 +295,18 @@ class BatchStore:
             raise
         return output, errors
 
-    async def _move(self, batch_id: str, status: Status, out_of: Sequence[Status]) -> None:
+    async def _move(self, batch_id: str, status: Status, out_of: Sequence[Status]) -> int:
+        """How many batches were moved: 1, or 0 where it was in none of the states."""
         marks = ",".join("?" * len(out_of))
-        await self._database.execute(
+        return await self._database.execute(
             f"""UPDATE batches SET status = ?, times = json_set(times, ?, ?) WHERE id = ? AND status IN ({marks})""",
             (status, f"$.{status}", int(self._clock()), batch_id, *out_of),
         )
+
+
+def model_name(model: str) -> str:
+    """A model as a batch remembers it: a folder by its real path, however it is spelled; a hub's name as it is."""
+    return os.path.realpath(model) if os.path.isdir(model) else model
 
 
 @contextlib.asynccontextmanager

@@ -1,6 +1,7 @@
-"""Which experts of which layer lie where, from the flags alone. Pure.
+"""Which experts of which layer lie where, from the flags and the sizes of the layers. Pure.
 
-The launcher asks it whether a run gathers, and each rank lays its layers out by it, so that there is one answer.
+The launcher asks it whether a run gathers, by the sizes in the model's configuration; each rank lays its layers out by
+it, by the sizes of its tensors, and refuses to serve where that comes to another answer.
 """
 
 from __future__ import annotations

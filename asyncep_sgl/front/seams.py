@@ -27,8 +27,6 @@ _ABORTED = 409
 _OWNER = "asyncep_owner"
 
 _rates = Rates()
-BATCH_RATES = Rates()
-"""Of lines of batches: a batch waits where its owner's requests get 429, so that neither uses up the other's rate."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -63,9 +61,8 @@ def admit(manager: Any, request: Any, config: AsyncEPConfig) -> None:
             "labels with /v1/score, or start the server with --is-embedding for a model that has one"
         )
     prompts = check_request(request, _bounds(manager.model_config.vocab_size, manager.context_len, config))
-    if in_batch.get():
-        BATCH_RATES.charge(caller.get(), prompts)
-    elif (seconds := _rates.take(caller.get(), prompts)) > 0:
+    # A batch waits for its owner's rate before it sends a line.
+    if not in_batch.get() and (seconds := _rates.take(caller.get(), prompts)) > 0:
         raise HTTPException(
             429,
             f"this key's rate is used up (prompts_per_second); send {prompts} prompts again in {seconds:.1f} s",

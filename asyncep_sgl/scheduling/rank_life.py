@@ -28,6 +28,7 @@ from asyncep_sgl.scheduling.vigil import Vigil
 if TYPE_CHECKING:
     from asyncep_router.policy import Frontend
     from asyncep_sgl.scheduling.suspects import Suspects
+    from asyncep_sgl.strategies.base import Strategy
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class RankLife(DataParallelController):  # type: ignore[misc] # upstream is unty
     """
 
     config: AsyncEPConfig
+    strategy: Strategy
     frontend: Frontend
     suspects: Suspects
 

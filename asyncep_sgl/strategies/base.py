@@ -1,9 +1,9 @@
 """The contract of a strategy: how experts and tokens come together in a run.
 
-A strategy has two sides. `Strategy` is the run's side: the launcher, the front and the router's process each make one
-from the run's configuration and ask it what they need. `RankStrategy` is a rank's side: the rank makes one before its
-model is built, and every layer's experts are computed by it. Neither side knows SGLang; `plugin` and the operators
-call them from SGLang's places.
+A strategy has two sides. `Strategy` is the run's side: the launcher, the front, the router's process and each rank
+make one from the run's configuration and ask it what they need. `RankStrategy` is a rank's side: the rank makes one
+before its model is built, and every layer's experts are computed by it. Neither side imports SGLang; `plugin` and the
+operators call them from SGLang's places.
 
 What is written here serves: all experts in memory that every rank of the host reads, nothing moves. A strategy
 overrides what it does differently.
@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from asyncep_sgl.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -32,10 +34,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SideProcess:
-    """A process that the launcher starts beside the front, and starts again when it dies, unless it keeps dying.
+    """A process that the launcher starts beside the front, and starts again when it dies.
+
+    The server ends if it keeps dying.
 
     Attributes:
-        role: what it calls itself when it says hello, and what log lines call it.
+        role: what it calls itself when it says hello, and what log lines call it; no other process has it.
         command: its command line.
     """
 
@@ -80,6 +84,9 @@ class Strategy:
     def refuse(cls, options: ServeOptions, group: GroupConfig) -> None:
         """Looks at the command line before anything is started.
 
+        By default a run whose flags divide the experts is refused, because nothing here would bring the missing ones,
+        and one with SGLang's own operators, which call no strategy.
+
         Args:
             options: the command line.
             group: how it spreads the experts.
@@ -87,6 +94,31 @@ class Strategy:
         Raises:
             UsageError: it asks for what this strategy does not do; names flag and fix.
         """
+        cls._refuse_divided(options, group)
+        if options.kernels != "ours":
+            raise UsageError(
+                f"--asyncep-kernels {options.kernels}: SGLang's operators would not call the strategy "
+                f"{options.strategy}; leave the flag out"
+            )
+
+    @classmethod
+    def _refuse_divided(cls, options: ServeOptions, group: GroupConfig) -> None:
+        """Refuses what spreads the experts beyond memory that every rank of this host reads."""
+        asked = (
+            ("--nnodes", options.nodes > 1),
+            ("--asyncep-expert-memory", options.expert_memory is not None),
+            ("--asyncep-transport pinned", options.transport == "pinned"),
+        )
+        for flag, given in asked:
+            if given:
+                raise UsageError(
+                    f"--asyncep-strategy {options.strategy}: each host keeps all experts; leave {flag} out"
+                )
+        if group.divides:
+            raise UsageError(
+                f"--asyncep-strategy {options.strategy}: the experts are divided, because there are several GPUs or "
+                "they do not fit into one; use asyncep"
+            )
 
     def side_processes(self) -> Sequence[SideProcess]:
         """Processes beside the front."""
@@ -98,7 +130,8 @@ class Strategy:
         return {}
 
     def sglang_flags(self) -> Sequence[str]:
-        """Flags with their values for SGLang's command line on CPUs, where the user's is silent."""
+        """Flags with their values for SGLang's command line, where the user's is silent. On GPUs they are not asked
+        for: `asyncep_sgl.cuda_serving` has those."""
         return ()
 
     # The router
@@ -176,6 +209,7 @@ class ExpertLayer:
         index: the decoder layer.
         own: the layer's own parameters as a table; rows of experts that this rank does not hold have no contents.
         compute: runs the experts of a table over hidden states ``(T, H)``; gives ``(T, H)``. On this rank's device.
+            Where that is a GPU it keeps each table's addresses: pass the same object for the same memory.
     """
 
     index: int
@@ -187,14 +221,15 @@ class RankStrategy:
     """A rank's side. For the one thread that computes.
 
     Order of calls: `adopt` for each layer while the model is built; `weights` and `reads` while it loads; `loaded`
-    once; then for each batch `batch_flops`, `pass_begins`, the layers in order, `batch_done`.
+    once; then for each batch `batch_flops`, `pass_begins`, the layers in order, `batch_done`. Where SGLang schedules
+    ahead of a GPU, the next batch's `batch_flops` comes before this one's `batch_done`.
 
     Args:
         place: the rank.
 
     Attributes:
         batch_flops: FLOPs at which a batch is closed and a longer prompt cut; None leaves batches to the tokens that
-            SGLang and the router count. May change while serving.
+            SGLang and the router count. What it answers may change while serving.
         told: decoder layers around whose experts `layer_begins` and `layer_ended` are called; read after `loaded`.
     """
 
@@ -237,16 +272,17 @@ class RankStrategy:
     # Computing
 
     def in_place(self, layer: int) -> bool:
-        """Whether all experts of a layer lie in its own parameters, so that SGLang's own operator may compute it."""
+        """Whether SGLang's own operator may compute a layer that our kernels do not serve: its own parameters hold all
+        of its experts, and `moe` does nothing of its own."""
         del layer
-        return True
+        return type(self).moe is RankStrategy.moe
 
     def moe(self, layer: ExpertLayer, hidden: torch.Tensor, topk: TopK) -> torch.Tensor:
         """The weighted sum of each token's experts.
 
         Args:
             layer: its experts.
-            hidden: ``(T, H)``; may be overwritten.
+            hidden: ``(T, H)``; not to be written to, other parts of the layer read it afterwards.
             topk: where its tokens go.
 
         Returns:
@@ -267,12 +303,12 @@ class RankStrategy:
         """A batch's answers are out.
 
         Args:
-            passes: new and cached tokens of each of its requests.
+            passes: new and cached tokens of each of its requests; none for a batch that decoded.
             seconds: that it took.
         """
 
     def close(self) -> None:
-        """Nothing is computed any more."""
+        """Nothing is computed any more. Called where SGLang takes its model down, not where the process is killed."""
 
     def failed(self, error: Exception) -> None:
         """The rank ends on an error: the launcher should know the reason."""

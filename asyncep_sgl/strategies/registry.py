@@ -31,7 +31,8 @@ def find(name: str) -> type[Strategy]:
         raise UsageError(f"--asyncep-strategy {name}: {known}")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
+        # Whatever the module does when it is imported.
         raise UsageError(f"--asyncep-strategy {name}: {error}; {known}") from error
     if not (isinstance(found, type) and issubclass(found, Strategy)):
         raise UsageError(f"--asyncep-strategy {name}: {class_name} is no asyncep_sgl.strategies.base.Strategy")

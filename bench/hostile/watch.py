@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -34,6 +37,19 @@ def sampled(roles: Mapping[str, psutil.Process], began: float) -> dict[str, Samp
             found[name] = Sample(
                 round(time.monotonic() - began, 1), process.pid, memory.rss, memory.uss, memory.pss, process.num_fds()
             )
+    return found
+
+
+def held(process: psutil.Process) -> Counter[str]:
+    """What a process's descriptors are: files by path, TCP connections by state, others by kind; how many of each."""
+    found = Counter[str]()
+    with contextlib.suppress(psutil.Error, OSError):
+        found.update(f"tcp {one.status}" for one in process.net_connections("tcp"))
+        folder = Path(f"/proc/{process.pid}/fd")
+        for entry in folder.iterdir():
+            with contextlib.suppress(OSError):
+                target = os.readlink(entry)
+                found[target.partition(":[")[0]] += 1
     return found
 
 

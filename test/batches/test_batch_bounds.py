@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from asyncep_router.keys import Caller
 from asyncep_sgl.batches.bounds import Bounds, Ledger, Promise, names_of
 from asyncep_sgl.batches.disk import Disk, NoSpace
-from asyncep_sgl.batches.estimates import answer_bytes
+from asyncep_sgl.batches.estimates import answer_bytes, prompts
 from asyncep_sgl.batches.records import ENDPOINTS, ApiError
 from asyncep_sgl.batches.turns import Turns
 from asyncep_sgl.command_line import parse
@@ -185,6 +185,27 @@ BODY = st.dictionaries(
 @given(st.sampled_from(ENDPOINTS), BODY, st.integers(1, 10**7))
 def test_any_body_has_an_estimate(endpoint: str, body: dict[str, Any], length: int) -> None:
     assert 0 < answer_bytes(endpoint, body, length) < 10**12
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body", "count"),
+    [
+        ("/generate", {"input_ids": list(range(400))}, 1),
+        ("/generate", {"input_ids": [[1, 2], [3]]}, 2),
+        ("/generate", {"text": ["a", "b", "c"]}, 3),
+        ("/v1/completions", {"prompt": [1, 2, 3]}, 1),
+        ("/v1/completions", {"prompt": ["a", "b"]}, 2),
+        ("/v1/embeddings", {"input": [5] * 2000}, 1),
+        ("/v1/score", {"query": "q", "items": ["a", "b"]}, 2),
+        ("/v1/rerank", {"query": "q", "documents": ["a"] * 4}, 4),
+        ("/v1/chat/completions", {"messages": [{}, {}]}, 1),
+    ],
+)
+def test_a_list_of_ids_is_one_prompt(endpoint: str, body: dict[str, Any], count: int) -> None:
+    assert prompts(endpoint, body) == count
+    longer = {key: value * 10 if isinstance(value, list) else value for key, value in body.items()}
+    if count == 1:
+        assert answer_bytes(endpoint, longer, 1000) == answer_bytes(endpoint, body, 1000)
 
 
 def test_echoed_prompts_take_more() -> None:

@@ -71,6 +71,14 @@ def test_a_group_with_nothing_to_gather_measures_nothing(
             ["leave --asyn"],
         ),
         ("--asyncep-strategy replicated", GroupConfig(devices=2), ["use asyncep"]),
+        ("--asyncep-strategy toy_strategy:Toy --asyncep-kernels sglang", GroupConfig(), ["--asyncep-kernels sglang"]),
+        (
+            "--asyncep-strategy toy_strategy:Toy --asyncep-expert-memory 1GB",
+            GroupConfig(memory_limit=10**9),
+            ["toy_strategy:Toy", "leave --asyncep-expert-memory out"],
+        ),
+        ("--asyncep-strategy toy_strategy:Toy", GroupConfig(devices=2), ["use asyncep"]),
+        ("--asyncep-strategy broken_strategy:Toy", GroupConfig(), ["division by zero"]),
         (
             "--nnodes 2 --dist-init-addr h:5000 --asyncep-kernels sglang",
             GroupConfig(nodes=2, gathers=True),
@@ -88,7 +96,12 @@ def test_a_group_with_nothing_to_gather_measures_nothing(
         ),
     ],
 )
-def test_what_a_strategy_does_not_do_is_refused(flags: str, group: GroupConfig, words: list[str]) -> None:
+def test_what_a_strategy_does_not_do_is_refused(
+    flags: str, group: GroupConfig, words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "broken_strategy.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(HERE)
+    monkeypatch.syspath_prepend(tmp_path)
     options = parse(["--model", "m", *flags.split()])
     with pytest.raises(UsageError) as refused:
         registry.find(options.strategy or registry.default(group)).refuse(options, group)

@@ -49,9 +49,10 @@ class AsyncEPRank(RankStrategy):
             device=place.device(),
         )
         if (started is not None) != place.config.group.gathers:
-            expected = "something" if place.config.group.gathers else "nothing"
+            expected, found = ("something", "nothing") if place.config.group.gathers else ("nothing", "something")
             raise StoreError(
-                f"rank {place.rank}: the launcher expected {expected} to gather, the model's layers differ"
+                f"rank {place.rank} finds {found} to gather and the launcher expected {expected}: the layers' sizes "
+                "are not those of the model's configuration; give --dtype, and another --asyncep-expert-memory"
             )
         if started is None:
             return

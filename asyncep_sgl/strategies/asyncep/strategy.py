@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from asyncep_router.cost import ModelCost
 from asyncep_sgl.errors import UsageError
 from asyncep_sgl.experts.link import link_environment
+from asyncep_sgl.kv_budget import LARGEST_BATCH_TOKENS
 from asyncep_sgl.strategies.base import FrontPlace, SideProcess, Strategy
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ class AsyncEP(Strategy):
         """A run in which nothing could be gathered, and operators that would not see what was."""
         if not group.divides:
             raise UsageError(
-                "--asyncep-strategy asyncep: all experts are in this host's memory; give --nnodes N or "
-                "--asyncep-expert-memory SIZE, or leave the flag out"
+                "--asyncep-strategy asyncep: all experts are in memory that every rank reads; leave the flag out, or "
+                "give --asyncep-expert-memory SIZE (or --nnodes N on CPUs, --asyncep-transport pinned on GPUs)"
             )
         if options.kernels != "ours" and group.gathers:
             raise UsageError("--asyncep-kernels sglang: only our kernels read gathered experts; leave the flag out")
@@ -53,7 +54,7 @@ class AsyncEP(Strategy):
 
         SGLang would keep memory free for a GPU's graphs in proportion to that, more than a small host has.
         """
-        return ("--chunked-prefill-size", "16384", "--mem-fraction-static", "0.8")
+        return ("--chunked-prefill-size", str(LARGEST_BATCH_TOKENS), "--mem-fraction-static", "0.8")
 
     @property
     def gathers(self) -> bool:
