@@ -11,6 +11,8 @@ from asyncep_sgl.front.asgi import App, Message, Receive, Refusal, Scope, Send, 
 # Its body goes to disk as it comes; `batches` bounds it.
 _STREAMED = ("/v1/files",)
 
+_GRACE_SECONDS = 1.0
+
 
 @dataclass
 class Held:
@@ -95,13 +97,20 @@ class BodyGate:
 
     async def _message(self, receive: Receive) -> Message:
         try:
-            return await asyncio.wait_for(receive(), self.pause)
+            return await self._next(receive)
         except TimeoutError:
             raise Refusal(
                 408,
                 f"no part of the body came for {self.pause:g} s (--asyncep-body-timeout-secs); send it again",
                 {"connection": "close"},
             ) from None
+
+    async def _next(self, receive: Receive) -> Message:
+        try:
+            return await asyncio.wait_for(receive(), self.pause)
+        except TimeoutError:
+            # This process itself may have stood still: what has come meanwhile is read before the client is blamed.
+            return await asyncio.wait_for(receive(), min(_GRACE_SECONDS, self.pause))
 
     def _in_time(self, receive: Receive) -> Receive:
         """``receive`` that takes a client which pauses for one that has gone."""
@@ -112,7 +121,7 @@ class BodyGate:
             if whole:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), self.pause)
+                message = await self._next(receive)
             except TimeoutError:
                 return {"type": "http.disconnect"}
             whole = message["type"] != "http.request" or not message.get("more_body", False)

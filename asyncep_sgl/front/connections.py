@@ -11,6 +11,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 _SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+_GRACE_SECONDS = 1.0
 
 
 def limited(most: int, header_seconds: float, answer_seconds: float) -> type[asyncio.Protocol]:
@@ -36,7 +37,7 @@ def limited(most: int, header_seconds: float, answer_seconds: float) -> type[asy
             if len(self.connections) > most:
                 self._close(_FULL)
                 return
-            self._due = self.loop.call_later(header_seconds, self._close, _SLOW)
+            self._due = self.loop.call_later(header_seconds, self._expire)
 
         def data_received(self, data: bytes) -> None:
             if self.transport.is_closing():
@@ -45,7 +46,7 @@ def limited(most: int, header_seconds: float, answer_seconds: float) -> type[asy
             if self.cycle is not None and not self.cycle.response_complete:
                 self._cancel()
             elif self._due is None and not self.transport.is_closing():
-                self._due = self.loop.call_later(header_seconds, self._close, _SLOW)
+                self._due = self.loop.call_later(header_seconds, self._expire)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._cancel()
@@ -55,6 +56,10 @@ def limited(most: int, header_seconds: float, answer_seconds: float) -> type[asy
             if self._due is not None:
                 self._due.cancel()
                 self._due = None
+
+        def _expire(self) -> None:
+            # This process itself may have stood still: what has come meanwhile is read before the client is blamed.
+            self._due = self.loop.call_later(min(_GRACE_SECONDS, header_seconds), self._close, _SLOW)
 
         def _close(self, answer: bytes) -> None:
             self._cancel()

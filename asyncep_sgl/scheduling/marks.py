@@ -39,7 +39,7 @@ def taken_off(request: Any) -> Mark:
     text = request.http_worker_ipc
     request.http_worker_ipc = None
     parts = text.split(_SEPARATOR) if text else []
-    if len(parts) != 3:
+    if len(parts) != 3 or not parts[2].isdecimal():
         return Mark()
     return Mark(parts[0], parts[1], int(parts[2]))
 

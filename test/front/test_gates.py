@@ -96,6 +96,33 @@ def test_a_client_that_pauses_is_answered() -> None:
     assert "--asyncep-body-timeout-secs" in body["error"]["message"]
 
 
+def test_a_process_that_stood_still_blames_nobody() -> None:
+    """What came in time is read, though the time is over when this process comes to it."""
+
+    async def run() -> int:
+        asked, sent = asyncio.Event(), []
+
+        async def receive() -> Any:
+            asked.set()
+            await arrived.wait()
+            return {"type": "http.request", "body": b"x", "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        arrived = asyncio.Event()
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+        task = asyncio.create_task(_bodies()(scope, receive, send))
+        await asked.wait()
+        asyncio.get_running_loop().call_later(0.06, arrived.set)
+        # Longer than the pause of 0.05 s that a client may make.
+        time.sleep(0.2)
+        await task
+        return int(sent[0]["status"])
+
+    assert asyncio.run(run()) == 200
+
+
 def test_bodies_together_are_bounded() -> None:
     held = Held(1000, now=950)
     assert asyncio.run(_call(_bodies(held), [b"x" * 60]))[0] == 503

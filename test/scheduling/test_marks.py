@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 
@@ -69,6 +69,7 @@ def test_no_name_of_a_client_spoils_the_mark(client: str) -> None:
 
 
 @given(st.one_of(st.none(), st.text()))
+@example("\x1f\x1f")
 def test_what_is_no_mark_is_nobodys(text: str | None) -> None:
     request = GenerateReqInput(text="a", http_worker_ipc=text)
     assert taken_off(request) == Mark()
