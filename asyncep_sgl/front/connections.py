@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from typing import Any
 
 from uvicorn import config as uvicorn_config
@@ -57,9 +58,14 @@ def limited(most: int, header_seconds: float, answer_seconds: float) -> type[asy
                 self._due.cancel()
                 self._due = None
 
-        def _expire(self) -> None:
-            # This process itself may have stood still: what has come meanwhile is read before the client is blamed.
-            self._due = self.loop.call_later(min(_GRACE_SECONDS, header_seconds), self._close, _SLOW)
+        def _expire(self, due: float | None = None) -> None:
+            now, grace = time.monotonic(), min(_GRACE_SECONDS, header_seconds)
+            if due is not None and now < due + grace / 2:
+                self._close(_SLOW)
+                return
+            # This process itself may have stood still, and stands still again where the grace ends late: what has come
+            # meanwhile is read before the client is blamed.
+            self._due = self.loop.call_later(grace, self._expire, now + grace)
 
         def _close(self, answer: bytes) -> None:
             self._cancel()
