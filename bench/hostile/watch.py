@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -53,16 +53,12 @@ def held(process: psutil.Process) -> Counter[str]:
     return found
 
 
-class Watch:
-    """Samples every so many seconds beside what else the loop does."""
+class Beside:
+    """Something that runs beside what else the loop does."""
 
-    def __init__(self, roles: Callable[[], Mapping[str, psutil.Process]], every: float) -> None:
-        self.series: dict[str, list[Sample]] = {}
-        self._roles, self._every = roles, every
-        self._began = time.monotonic()
-        self._task: asyncio.Task[None] | None = None
+    _task: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> Watch:
+    async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._run())
         return self
 
@@ -71,6 +67,21 @@ class Watch:
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
+
+    async def _run(self) -> None:
+        raise NotImplementedError
+
+
+class Watch(Beside):
+    """Samples every so many seconds beside what else the loop does."""
+
+    def __init__(self, roles: Callable[[], Mapping[str, psutil.Process]], every: float) -> None:
+        self.series: dict[str, list[Sample]] = {}
+        self._roles, self._every = roles, every
+        self._began = time.monotonic()
+
+    async def __aexit__(self, *_: object) -> None:
+        await super().__aexit__()
         await self.take()
 
     def seconds(self) -> float:
@@ -101,7 +112,7 @@ class Watch:
         return {name: [asdict(sample) for sample in series] for name, series in self.series.items()}
 
 
-class Lateness:
+class Lateness(Beside):
     """How late the clients' own event loop was: what they measure has that in it."""
 
     _EVERY, _NOTED = 0.05, 0.5
@@ -110,17 +121,6 @@ class Lateness:
         self.longest = 0.0
         self.stops: list[tuple[float, float]] = []
         self._began = time.monotonic()
-        self._task: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> Lateness:
-        self._task = asyncio.create_task(self._run())
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        assert self._task is not None
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
 
     async def _run(self) -> None:
         while True:
