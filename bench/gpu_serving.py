@@ -15,7 +15,7 @@ import httpx
 import torch
 from stock_end import ended_whole
 
-from asyncep_sgl.ports import free_port
+from asyncep_sgl.process.ports import free_port
 
 START_SECONDS = 600.0
 LABELS = (3, 17, 101, 256, 511)

@@ -24,16 +24,16 @@ import torch
 from fake_cuda import FakeDevice
 from host_vmm import HostMemory
 
-from asyncep_sgl.config import GroupConfig
-from asyncep_sgl.experts.device import TorchDevice
-from asyncep_sgl.experts.device_managers import DeviceExpertManager, PinnedExpertManager
-from asyncep_sgl.experts.device_memory import CudaMemory
-from asyncep_sgl.experts.gather import ExpertGather, GatheredLayer, slot_layout
-from asyncep_sgl.experts.manager import ExpertManager
-from asyncep_sgl.experts.server import StoreServer
-from asyncep_sgl.experts.transports.cuda import CudaSource, Shard
-from asyncep_sgl.experts.transports.nccl import NcclSource
-from asyncep_sgl.experts.transports.pinned import PinnedSource
+from asyncep_sgl.config.run import GroupConfig
+from asyncep_sgl.experts.gather.device import TorchDevice
+from asyncep_sgl.experts.gather.gather import ExpertGather, GatheredLayer, slot_layout
+from asyncep_sgl.experts.shard.manager import ExpertManager
+from asyncep_sgl.experts.sources.cuda import CudaSource, Shard
+from asyncep_sgl.experts.sources.device_managers import DeviceExpertManager, PinnedExpertManager
+from asyncep_sgl.experts.sources.device_memory import CudaMemory
+from asyncep_sgl.experts.sources.nccl import NcclSource
+from asyncep_sgl.experts.sources.pinned import PinnedSource
+from asyncep_sgl.experts.store.server import StoreServer
 
 LAYERS, BATCHES = 4, 4
 RANKS = 2

@@ -40,7 +40,7 @@ from asyncep.demo.data_command import DATASETS
 from asyncep.demo.weights import DemoDataMissing
 from asyncep.jobs.report import figures_of
 from asyncep.runtime.runtime import Runtime
-from asyncep_sgl.ports import free_port
+from asyncep_sgl.process.ports import free_port
 
 SEED = 20261123
 CLIENTS = 64

@@ -12,9 +12,9 @@ from sglang.srt.runtime_context import get_model, publish
 from sglang.srt.utils.network import get_zmq_socket
 
 from asyncep_router.cost import ModelCost
-from asyncep_sgl.config import AsyncEPConfig
-from asyncep_sgl.model_support import read_config
-from asyncep_sgl.scheduling.reports import RankReporter, start_beating
+from asyncep_sgl.config.model_support import read_config
+from asyncep_sgl.config.run import AsyncEPConfig
+from asyncep_sgl.rank.reports import RankReporter, start_beating
 
 CACHE_TOKENS = 4_000_000
 _MOST_IN_A_BATCH = 64

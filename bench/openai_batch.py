@@ -19,7 +19,7 @@ import openai
 import psutil
 from peer_start import await_answer
 
-from asyncep_sgl.ports import free_port
+from asyncep_sgl.process.ports import free_port
 
 
 def batch_survives_a_kill(model: Path, prompts: list[str]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from router_sides import router
 BYTES_PER_FLOP = 450e9 / 990e12
 # Prompts of the mix that come in Poisson times.
 TIMED_PROMPTS = 400
-_PEAK = "import torch; from asyncep_sgl.experts.peak import gemm_flops_per_second as f; print(f(torch.bfloat16))"
+_PEAK = "import torch; from asyncep_sgl.experts.gather.peak import gemm_flops_per_second as f; print(f(torch.bfloat16))"
 
 
 def core_peak(environment: Mapping[str, str]) -> float:

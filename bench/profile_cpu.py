@@ -78,8 +78,8 @@ def patch(switch: Switch) -> None:
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.models import qwen3_moe, utils
 
-    from asyncep_sgl import cpu_operators
-    from asyncep_sgl.attention import cpu_backend
+    from asyncep_sgl.rank import cpu_attention as cpu_backend
+    from asyncep_sgl.rank import cpu_operators
 
     stock_moe = fused_moe_native.moe_forward_native
     ours_attention = cpu_backend.CpuPrefillBackend.forward_extend

@@ -33,10 +33,10 @@ import zmq
 from models import QWEN3_TINY, random_qwen3
 from records import Claim, write
 
-from asyncep_sgl.command_line import parse, sglang_arguments
-from asyncep_sgl.config import AsyncEPConfig, RouterConfig
-from asyncep_sgl.experts.server import StoreServer
-from asyncep_sgl.router_state import router_state
+from asyncep_sgl.config.run import AsyncEPConfig, RouterConfig
+from asyncep_sgl.experts.store.server import StoreServer
+from asyncep_sgl.launcher.command_line import parse, sglang_arguments
+from asyncep_sgl.router.state import router_state
 
 SEED = 20261123
 TOKENS = 2048

@@ -22,7 +22,7 @@ import psutil
 from peer_start import flush_cache
 
 from asyncep.local_server import local_server
-from asyncep_sgl.ports import free_port
+from asyncep_sgl.process.ports import free_port
 
 PAGE = 16
 RANKS = 2
@@ -32,7 +32,7 @@ IDLE_LOOKS = 4
 # What a process is called, in the order in which names are looked for.
 TITLES = (
     ("_router.launch_router", "http router"),
-    ("asyncep_sgl.server_process", "front"),
+    ("asyncep_sgl.front.server", "front"),
     ("controller", "router"),
     ("detokenizer", "detokenizer"),
     ("scheduler", "rank"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from peer_start import answering
 
-from asyncep_sgl.ports import free_port
+from asyncep_sgl.process.ports import free_port
 
 # Nobody decodes here and nobody waits for a core that polls; the rest is SGLang's default.
 _FLAGS = (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from peer_start import answering
 
-from asyncep_sgl.ports import free_port
+from asyncep_sgl.process.ports import free_port
 
 _KV_GIB = 3
 # Tokens of a batch: what our ranks and SGLang compute at once at most.

@@ -8,7 +8,7 @@ import signal
 import sys
 from multiprocessing.connection import Connection
 
-from asyncep_sgl.prefork import PreforkContext
+from asyncep_sgl.process.prefork import PreforkContext
 
 
 def answer(pipe: Connection, status: int = 0) -> None:

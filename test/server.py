@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import psutil
 
-from asyncep_sgl.ports import free_port
+from asyncep_sgl.process.ports import free_port
 
 START_SECONDS = 300
 STOP_SECONDS = 30

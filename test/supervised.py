@@ -15,18 +15,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from asyncep_sgl.drain import DRAIN_SIGNAL
-from asyncep_sgl.experts.client import StoreClient
-from asyncep_sgl.experts.messages import Done, Hello, Serving, Welcome
-from asyncep_sgl.lifeline import die_with
-from asyncep_sgl.run_directory import run_directory
-from asyncep_sgl.stop_signals import StopSignals
+from asyncep_sgl.experts.store.client import StoreClient
+from asyncep_sgl.experts.store.messages import Done, Hello, Serving, Welcome
+from asyncep_sgl.launcher.run_directory import run_directory
+from asyncep_sgl.process.lifeline import die_with
+from asyncep_sgl.process.stop_signals import DRAIN_SIGNAL, StopSignals
 
 
 def launcher(grace: float) -> int:
-    from asyncep_sgl.experts.server import StoreServer
+    from asyncep_sgl.experts.store.server import StoreServer
+    from asyncep_sgl.launcher.supervisor import Supervisor
     from asyncep_sgl.strategies.base import SideProcess
-    from asyncep_sgl.supervisor import Supervisor
 
     logging.basicConfig(format="asyncep: %(message)s", level=logging.INFO)
     signals = StopSignals()

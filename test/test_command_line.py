@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from asyncep_sgl.command_line import parse, parse_size, refused_flag, sglang_arguments, uses_our_router
 from asyncep_sgl.errors import UsageError
-from asyncep_sgl.launch import batch_folder, check_batch_folder
+from asyncep_sgl.front.sglang_flags import refused_flag
+from asyncep_sgl.launcher.command_line import parse, parse_size, sglang_arguments, uses_our_router
+from asyncep_sgl.launcher.launch import batch_folder, check_batch_folder
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 
 import pytest
 
-from asyncep_sgl import launch
-from asyncep_sgl.attention.cuda_choice import PAGED_VARIABLE, CudaHost
-from asyncep_sgl.command_line import parse, sglang_arguments
-from asyncep_sgl.config import CONFIG_VARIABLE, AsyncEPConfig
-from asyncep_sgl.cuda_host import Gpu, find_gpus, installed, visible
-from asyncep_sgl.cuda_serving import CudaPlan, plan
+from asyncep_sgl.config.run import CONFIG_VARIABLE, AsyncEPConfig
 from asyncep_sgl.errors import UsageError
-from asyncep_sgl.ports import free_port
+from asyncep_sgl.launcher import launch
+from asyncep_sgl.launcher.command_line import parse, sglang_arguments
+from asyncep_sgl.launcher.cuda_attention import PAGED_VARIABLE, CudaHost
+from asyncep_sgl.launcher.cuda_host import Gpu, find_gpus, installed, visible
+from asyncep_sgl.launcher.cuda_serving import CudaPlan, plan
+from asyncep_sgl.process.ports import free_port
 
 GIB = 1 << 30
 H100 = Gpu("NVIDIA H100", (9, 0), 80 * GIB)

@@ -13,7 +13,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from asyncep_router.config import Limits
 from asyncep_router.messages import Dispatch, Reason, Request
-from asyncep_sgl.scheduling.controller import RouterController
+from asyncep_sgl.router.controller import RouterController
 
 
 def dispatch(rid: str, rank: int, *, bulk: bool = False) -> Dispatch:

@@ -14,12 +14,13 @@ import tiny_models
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asyncep_sgl.config.model_support import check_supported
+from asyncep_sgl.config.run import LARGEST_BATCH_TOKENS
 from asyncep_sgl.errors import UnsupportedModelError
-from asyncep_sgl.host import available_bytes, divide_cpus, format_bytes
-from asyncep_sgl.kv_budget import LARGEST_BATCH_TOKENS, LEAST_TOKENS, MOST_TOKENS, kv_tokens, one_batch_tokens
-from asyncep_sgl.model_support import check_supported
+from asyncep_sgl.launcher.kv_budget import LEAST_TOKENS, MOST_TOKENS, kv_tokens, one_batch_tokens
+from asyncep_sgl.launcher.run_directory import run_directory
 from asyncep_sgl.platform.detect import CPU_PLATFORM, activate
-from asyncep_sgl.run_directory import run_directory
+from asyncep_sgl.process.host import available_bytes, divide_cpus, format_bytes
 
 
 @given(ranks=st.integers(1, 40), cpus=st.lists(st.integers(0, 500), min_size=1, max_size=64, unique=True))
@@ -55,7 +56,7 @@ def test_kv_budget() -> None:
 
 
 def test_the_launcher_needs_no_torch() -> None:
-    script = "import sys, asyncep_sgl.launch; print('torch' in sys.modules)"
+    script = "import sys, asyncep_sgl.launcher.launch; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "False"
 
 
@@ -104,7 +105,7 @@ def test_a_run_directory_goes_with_its_run_even_a_killed_one(tmp_path: Path, mon
             assert mine.is_dir()
             assert second != mine
         script = (
-            "import os, signal\nfrom asyncep_sgl.run_directory import run_directory\n"
+            "import os, signal\nfrom asyncep_sgl.launcher.run_directory import run_directory\n"
             "with run_directory() as d:\n    print(d, flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)"
         )
         killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -121,7 +122,7 @@ def test_a_process_ends_with_its_launcher() -> None:
     script = (
         "import subprocess, sys, time\n"
         "child = subprocess.Popen([sys.executable, '-c', "
-        "'import os,sys,time; from asyncep_sgl.lifeline import die_with; die_with(os.getppid()); "
+        "'import os,sys,time; from asyncep_sgl.process.lifeline import die_with; die_with(os.getppid()); "
         "print(os.getpid(), flush=True); time.sleep(600)'], stdout=subprocess.PIPE, text=True)\n"
         "print(child.stdout.readline(), flush=True)\ntime.sleep(600)"
     )

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from asyncep_sgl import listening
 from asyncep_sgl.errors import UsageError
-from asyncep_sgl.ports import free_port
+from asyncep_sgl.process import listening
+from asyncep_sgl.process.ports import free_port
 
 LOOPBACK = "127.0.0.1"
 

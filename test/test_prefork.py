@@ -15,7 +15,8 @@ import pytest
 
 START = """
 import json, os, resource, signal, sys, threading, time, types
-from asyncep_sgl.prefork import PreforkContext, fork_ahead, keep_templates, reap_orphans, template_pids, _waiting
+from asyncep_sgl.process.prefork import PreforkContext, _waiting, fork_ahead, keep_templates, reap_orphans
+from asyncep_sgl.process.prefork import template_pids
 from prefork_targets import ask, with_children
 sys.modules["marker_of_the_parent"] = types.ModuleType("marker_of_the_parent")
 """
@@ -141,7 +142,7 @@ print(json.dumps([found, alive and process.exitcode == 0]))
 def test_the_other_template_forks_one_for_one_that_is_gone(how: str) -> None:
     answers, whole, left = run(
         f"""
-import asyncep_sgl.prefork as prefork
+import asyncep_sgl.process.prefork as prefork
 prefork._TEMPLATE_SECONDS = 0.5
 keep_templates()
 answers, whole = [], []
@@ -181,7 +182,7 @@ print(json.dumps(len(template_pids()) == 2 and ask()[0]["forked"]))
 def test_where_all_templates_are_gone_one_is_started_anew(how: str) -> None:
     first, second, third, left = run(
         f"""
-import asyncep_sgl.prefork as prefork
+import asyncep_sgl.process.prefork as prefork
 prefork._TEMPLATE_SECONDS = 0.5
 keep_templates()
 first = ask()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from asyncep_router.durations import Durations
-from asyncep_sgl.router_metrics import RouterCollector, exposition
+from asyncep_sgl.front.router_metrics import RouterCollector, exposition
 
 
 def silent() -> dict[str, Any]:

@@ -6,11 +6,14 @@ import sys
 
 import msgspec
 import pytest
+from sglang.srt.plugins.hook_registry import HookType
 
 from asyncep_sgl import plugin
-from asyncep_sgl.config import AsyncEPConfig
+from asyncep_sgl.config.run import AsyncEPConfig
 from asyncep_sgl.errors import SeamError
-from asyncep_sgl.upstream_check import check_upstream
+from asyncep_sgl.process.seam import Seam, assert_active
+from asyncep_sgl.rank import seams as rank
+from asyncep_sgl.upstream_check import check_overrides, check_upstream
 
 
 def test_upstream_is_as_expected() -> None:
@@ -20,11 +23,11 @@ def test_upstream_is_as_expected() -> None:
 @pytest.mark.parametrize(
     "seam",
     [
-        plugin.Seam("sglang.srt.managers.scheduler.Scheduler.no_such_method", print, plugin.HookType.AFTER, ()),
-        plugin.Seam("sglang.srt.managers.scheduler.Scheduler.run_event_loop", print, plugin.HookType.AFTER, ("x",)),
+        Seam("sglang.srt.managers.scheduler.Scheduler.no_such_method", print, HookType.AFTER, ()),
+        Seam("sglang.srt.managers.scheduler.Scheduler.run_event_loop", print, HookType.AFTER, ("x",)),
     ],
 )
-def test_a_moved_seam_is_named(seam: plugin.Seam, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_moved_seam_is_named(seam: Seam, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin, "SEAMS", (seam,))
     with pytest.raises(SeamError, match=seam.target):
         check_upstream()
@@ -33,25 +36,86 @@ def test_a_moved_seam_is_named(seam: plugin.Seam, monkeypatch: pytest.MonkeyPatc
 def test_a_seam_that_was_not_hooked_stops_the_start() -> None:
     # This process never loaded SGLang's plug-ins, so nothing is hooked here.
     with pytest.raises(SystemExit, match="could not be hooked"):
-        plugin.assert_active()
+        assert_active()
 
 
 @pytest.mark.parametrize(
     ("transport", "kernels", "seams"),
     [
         ("host", "ours", ()),
-        ("cuda", "ours", (*plugin.CUDA_SEAMS, *plugin.CUDA_KERNEL_SEAMS)),
-        ("pinned", "ours", (*plugin.CUDA_SEAMS, *plugin.CUDA_KERNEL_SEAMS)),
-        ("cuda", "sglang", plugin.CUDA_SEAMS),
+        ("cuda", "ours", (*rank.CUDA_SEAMS, *rank.CUDA_KERNEL_SEAMS)),
+        ("pinned", "ours", (*rank.CUDA_SEAMS, *rank.CUDA_KERNEL_SEAMS)),
+        ("cuda", "sglang", rank.CUDA_SEAMS),
     ],
 )
 def test_a_runs_seams_are_those_of_its_transport(
-    transport: str, kernels: str, seams: tuple[plugin.Seam, ...], monkeypatch: pytest.MonkeyPatch
+    transport: str, kernels: str, seams: tuple[Seam, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = AsyncEPConfig(ranks=1, store_address="", launcher_pid=1, load_board="")
-    monkeypatch.setattr(plugin, "_config", msgspec.structs.replace(run, transport=transport, kernels=kernels))
-    monkeypatch.setattr(plugin, "_our_kernels", lambda: False)
-    assert plugin._seams() == (*plugin.SEAMS, *seams)
+    monkeypatch.setattr(plugin, "our_kernels", lambda config: False)
+    assert plugin.seams_of(msgspec.structs.replace(run, transport=transport, kernels=kernels)) == (
+        *plugin.SEAMS,
+        *seams,
+    )
+
+
+def _ours() -> list[type]:
+    """Every class of this project that is made from one of SGLang's."""
+    from sglang.srt.managers.schedule_policy import PrefillAdder
+    from small_moe import COST
+
+    import asyncep_sgl.platform.cpu
+    import asyncep_sgl.rank.cpu_attention
+    import asyncep_sgl.router.controller  # noqa: F401
+    from asyncep_sgl.rank.flops_batches import adder_class
+    from asyncep_sgl.rank.one_kind import one_kind
+    from asyncep_sgl.rank.router_batches import bounded
+
+    made = (adder_class(COST, lambda: 1.0), one_kind(PrefillAdder), bounded(COST, 8)(PrefillAdder))
+    found, todo = set(made), [object]
+    while todo:
+        kinds = [kind for kind in type.__subclasses__(todo.pop()) if kind not in found]
+        found.update(kinds)
+        todo += kinds
+    return sorted(
+        (kind for kind in found if _of(kind) == "asyncep" and any(_of(base) == "sglang" for base in kind.__mro__)),
+        key=lambda kind: kind.__qualname__,
+    )
+
+
+def _of(kind: type) -> str:
+    """``asyncep`` for a class of this project, ``sglang`` for one of SGLang's."""
+    package = str(vars(kind).get("__module__", "")).partition(".")[0]
+    return "asyncep" if package.startswith("asyncep_") else package
+
+
+def test_what_is_overridden_is_there_and_what_is_ours_is_not() -> None:
+    ours = _ours()
+    assert {"RouterController", "RankLife", "SharedRadixTree", "CpuPrefillBackend", "AnyCpuPlatform"} <= {
+        kind.__name__ for kind in ours
+    }
+    for kind in ours:
+        check_overrides(kind)
+
+
+def test_an_override_that_upstream_has_dropped_is_named() -> None:
+    from sglang.srt.managers.schedule_policy import PrefillAdder
+    from typing_extensions import override
+
+    class Gone(PrefillAdder):  # type: ignore[misc]
+        @override
+        def no_such_method(self) -> None: ...
+
+    class Clash(PrefillAdder):  # type: ignore[misc]
+        def add_one_req(self, req: object) -> None: ...
+
+    class Moved(PrefillAdder):  # type: ignore[misc]
+        @override
+        def add_one_req(self, request: object, *rest: object) -> None: ...
+
+    for kind, reason in ((Gone, "overrides nothing"), (Clash, "mark it with @override"), (Moved, "SGLang's")):
+        with pytest.raises(SeamError, match=reason):
+            check_overrides(kind)
 
 
 # In a process of its own: hooks stay. A hook does not reach another name of its target in the same module, so each is
@@ -63,7 +127,7 @@ load_plugins()
 from sglang.srt.layers.moe import fused_moe_native, topk
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.models import qwen3_moe
-from asyncep_sgl import cpu_operators
+from asyncep_sgl.rank import cpu_operators
 
 def noted(name):
     def note(*args, **kwargs):

@@ -9,11 +9,12 @@ import ipaddress
 import secrets
 from dataclasses import dataclass, field
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from asyncep_router.keys import NOBODY, Caller, Keys
-from asyncep_sgl.batches.mark import in_batch
-from asyncep_sgl.front.asgi import App, Receive, Refusal, Scope, Send, header, refuse
-from asyncep_sgl.front.caller import caller
+from asyncep_sgl.front.asgi import Refusal, header, refuse
 from asyncep_sgl.front.endpoints import Access, rule_of
+from asyncep_sgl.front.passage import caller, in_batch
 
 _SERVER = Caller("asyncep", admin=True)
 
@@ -101,7 +102,7 @@ def is_local(scope: Scope) -> bool:
 class AccessGate:
     """ASGI middleware: admits requests as `Policy` says. Requests of a batch come from inside, in its owner's name."""
 
-    app: App
+    app: ASGIApp
     policy: Policy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 
-from asyncep_sgl.front.asgi import App, Message, Receive, Refusal, Scope, Send, header, refuse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from asyncep_sgl.front.asgi import Refusal, header, refuse
 
 # Its body goes to disk as it comes; `batches` bounds it.
 _STREAMED = ("/v1/files",)
@@ -33,7 +35,7 @@ class BodyGate:
         held: bytes of all of them together.
     """
 
-    app: App
+    app: ASGIApp
     most: int
     smaller: Mapping[str, int]
     pause: float

@@ -12,16 +12,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from asyncep_router.keys import Keys
+from asyncep_sgl.config.front import FrontOptions
 from asyncep_sgl.errors import SeamError
 from asyncep_sgl.front.access import AccessGate, Policy, is_local
 from asyncep_sgl.front.asgi import error_body
 from asyncep_sgl.front.bodies import BodyGate, Held
-from asyncep_sgl.front.caller import caller
 from asyncep_sgl.front.connections import limit_connections
 from asyncep_sgl.front.endpoints import DECODING, INFERENCE, shown_in_schema
 from asyncep_sgl.front.invalid import answer_invalid
 from asyncep_sgl.front.mistakes import MistakesGate
-from asyncep_sgl.front.options import FrontOptions
+from asyncep_sgl.front.passage import caller
 from asyncep_sgl.front.secrets import SecretsGate
 from asyncep_sgl.front.shapes import ShapeGate
 

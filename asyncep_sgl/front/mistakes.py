@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from asyncep_sgl.front.asgi import App, Message, Receive, Refusal, Scope, Send, refuse
+from asyncep_sgl.front.asgi import Refusal, refuse
 from asyncep_sgl.front.passage import Passage, passage
 
 logger = logging.getLogger("asyncep")
@@ -38,7 +39,7 @@ class MistakesGate:
         paths: of the endpoints that read prompts.
     """
 
-    app: App
+    app: ASGIApp
     paths: Collection[str]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

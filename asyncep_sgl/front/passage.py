@@ -1,9 +1,11 @@
-"""What is known of one HTTP request on its way through the front, for the code that it meets there."""
+"""What is known of the HTTP request being served, for the code that it meets on its way through the front."""
 
 from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass
+
+from asyncep_router.keys import NOBODY, Caller
 
 
 @dataclass
@@ -21,3 +23,9 @@ class Passage:
 
 passage: ContextVar[Passage | None] = ContextVar("asyncep_passage", default=None)
 """The HTTP request being served; None outside one."""
+
+caller: ContextVar[Caller] = ContextVar("asyncep_caller", default=NOBODY)
+"""Who sent the request being served. A batch's requests are served in its owner's name."""
+
+in_batch: ContextVar[bool] = ContextVar("asyncep_in_batch", default=False)
+"""Whether the request being served belongs to a batch: it is served in the context of the task that sent it."""

@@ -1,92 +1,84 @@
-"""Where the front's checks sit in SGLang's tokenizer process."""
+"""Where this package sits in SGLang's front, that is, its HTTP server and tokenizer, and in its detokenizer."""
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from fastapi import HTTPException
 from sglang.srt.plugins.hook_registry import HookType
 
-from asyncep_router.rates import Rates
-from asyncep_sgl.batches.mark import in_batch
-from asyncep_sgl.config import AsyncEPConfig
-from asyncep_sgl.front.asgi import Refusal
-from asyncep_sgl.front.caller import caller
-from asyncep_sgl.front.fields import Bounds, answer_values, check_request
-from asyncep_sgl.front.passage import passage
-from asyncep_sgl.front.tokenizing import answer
-from asyncep_sgl.seam import Seam
+from asyncep_router.long_lived import settle
+from asyncep_sgl.config.run import active_config
+from asyncep_sgl.experts.store.client import say_hello
+from asyncep_sgl.front import lists, questions
+from asyncep_sgl.front.admission import admit, check_texts, count_answer
+from asyncep_sgl.front.passage import caller, in_batch, passage
+from asyncep_sgl.front.tokenizing import answer, tokenize
+from asyncep_sgl.front.validation import check_prefill_only, check_priority, check_prompt
+from asyncep_sgl.process import listening
+from asyncep_sgl.process.seam import Seam
+from asyncep_sgl.router.marks import put_on
+from asyncep_sgl.router.rank_order import ranks_take_orders
 
+# Others have none, which is 0; higher goes first.
+_BATCH_PRIORITY = -1
 # What SGLang makes where a client gives no id.
 _RANDOM_ID = re.compile("[0-9a-f]{32}")
 # What is written for a request that somebody ended: the client's own doing, or the operator's; nothing to try again.
 _ABORTED = 409
 _OWNER = "asyncep_owner"
 
-_rates = Rates()
+
+def _before_generate(manager: Any, obj: Any, request: Any = None, *_: Any, **__: Any) -> None:
+    """Fields are looked at before SGLang spreads a batch over its requests."""
+    admit(manager, obj, active_config())
+    # Requests of this process itself have no caller.
+    check_priority(obj.priority, admin=request is None or caller.get().admin)
+    if in_batch.get() and _router_has_priorities(manager.server_args):
+        # Whatever a line says, others pass it.
+        obj.priority = _BATCH_PRIORITY if obj.priority is None else min(obj.priority, _BATCH_PRIORITY)
+    obj.http_worker_ipc = None
+    if active_config().router is not None:
+        address = getattr(request, "client", None)
+        put_on(obj, caller.get().name or (address.host if address else ""))
 
 
-@functools.lru_cache(maxsize=1)
-def _bounds(vocabulary: int, context: int, config: AsyncEPConfig) -> Bounds:
-    return Bounds(
-        vocabulary=vocabulary,
-        max_prompts=config.front.max_prompts,
-        max_prompt_chars=config.front.prompt_chars(context),
-        max_samples=config.front.max_samples,
-        max_values=config.front.max_logprobs,
-        decodes=config.decode == "allow",
-    )
+def _around_generate(
+    original: Callable[..., AsyncGenerator[Any, None]], manager: Any, obj: Any, request: Any = None
+) -> Any:
+    """A long list is served in parts, so that others are heard in between."""
+    _before_generate(manager, obj, request)
+    some = lists.parts(obj)
+    if some is None:
+        return original(manager, obj, request)
+    return lists.served(some, lambda part: original(manager, part, request))
 
 
-def admit(manager: Any, request: Any, config: AsyncEPConfig) -> None:
-    """Checks a request before SGLang spreads it over its prompts.
-
-    Args:
-        manager: SGLang's tokenizer manager.
-        request: SGLang's ``GenerateReqInput`` or ``EmbeddingReqInput``.
-        config: of the run.
-
-    Raises:
-        ValueError: a field is wrong; SGLang answers 400.
-        HTTPException: 429, the caller's rate is used up.
-    """
-    if passage.get() is None:
-        return  # a question of the server's own, such as a sign of life
-    if manager.is_generation and not hasattr(request, "return_logprob"):
-        raise ValueError(
-            "this model generates text and has no head for embeddings, classes or ranks; ask for log-probabilities of "
-            "labels with /v1/score, or start the server with --is-embedding for a model that has one"
-        )
-    prompts = check_request(request, _bounds(manager.model_config.vocab_size, manager.context_len, config))
-    # A batch waits for its owner's rate before it sends a line.
-    if not in_batch.get() and (seconds := _rates.take(caller.get(), prompts)) > 0:
-        raise HTTPException(
-            429,
-            f"this key's rate is used up (prompts_per_second); send {prompts} prompts again in {seconds:.1f} s",
-            {"retry-after": str(int(seconds) + 1)},
-        )
+def _router_has_priorities(server_args: Any) -> bool:
+    """Whether a priority is the router's alone: ranks that schedule by it, or refuse it, have an order of their own."""
+    return active_config().router is not None and ranks_take_orders(server_args)
 
 
-def count_answer(request: Any, tokens: int, config: AsyncEPConfig) -> None:
-    """Adds one prompt's log-probabilities to those of its HTTP request.
+def _before_validate(manager: Any, obj: Any, input_ids: list[int] | None) -> None:
+    """Bad input is answered here, before it can reach a rank."""
+    config = active_config()
+    check_prompt(input_ids, manager.model_config.vocab_size)
+    count_answer(obj, len(input_ids or ()), config)
+    sampling = getattr(obj, "sampling_params", None)
+    if config.decode == "refuse" and hasattr(obj, "return_logprob"):
+        check_prefill_only(sampling or {})
 
-    Raises:
-        ValueError: the answer would be too large.
-    """
-    this = passage.get()
-    values = answer_values(request, tokens)
-    if this is not None:
-        this.values += values
-        values = this.values
-    if values > config.front.max_logprobs:
-        raise ValueError(
-            f"logprob_start_len, token_ids_logprob, top_logprobs_num: the answer would have over "
-            f"{config.front.max_logprobs} log-probabilities (--asyncep-max-logprobs); ask for fewer ids, fewer "
-            "positions, or send several requests"
-        )
+
+_WEIGHTS_ARE_SHARED = "the experts are shared by all ranks and read-only; restart asyncep serve to change weights"
+
+
+async def _refuse_weights_from_disk(*_: Any, **__: Any) -> tuple[bool, str, int]:
+    return False, _WEIGHTS_ARE_SHARED, 0
+
+
+async def _refuse_weights(*_: Any, **__: Any) -> tuple[bool, str]:
+    return False, _WEIGHTS_ARE_SHARED
 
 
 def owner_of(manager: Any, rid: str) -> str | None:
@@ -124,39 +116,76 @@ def _before_abort_reason(_manager: Any, out: Any, *_: Any) -> None:
 
 
 def _before_handle_request(serving: Any, request: Any, _raw: Any) -> None:
-    """Prompts that SGLang makes of a query and many texts are counted before they are made."""
-    config = AsyncEPConfig.from_environment()
-    texts = getattr(request, "items", None) or getattr(request, "documents", None)
-    query = getattr(request, "query", None)
-    if config is None or not isinstance(texts, list) or query is None:
+    check_texts(serving, request, active_config())
+
+
+async def _around_listening(original: Callable[..., Any], server: Any, sockets: Any = None) -> None:
+    """The HTTP server listens on what the launcher has bound for it."""
+    door = listening.door
+    if door is None or sockets is not None or not door.is_of(server.config.port):
+        await original(server, sockets=sockets)
         return
-    field = "items" if getattr(request, "items", None) else "documents"
-    most = config.front.max_prompts
-    if len(texts) > most:
-        raise Refusal(
-            400, f"{field}: {len(texts)} texts, {most} are taken in one request (--asyncep-max-prompts); send several"
-        )
-    longest = config.front.prompt_chars(serving.tokenizer_manager.context_len)
-    sizes = [len(text) if isinstance(text, str | list) else 0 for text in texts]
-    size = len(query) if isinstance(query, str | list) else 0
-    if size + max(sizes, default=0) > longest:
-        raise Refusal(
-            400,
-            f"query, {field}: a prompt of over {longest} characters (--asyncep-max-prompt-chars); "
-            "the model's context holds no more",
-        )
-    if size * len(texts) + sum(sizes) > 2 * config.front.max_body_bytes:
-        raise Refusal(
-            400,
-            f"query, {field}: the query repeated before each text makes over {2 * config.front.max_body_bytes} "
-            "characters (twice --asyncep-max-body-bytes); send several requests",
-        )
+    await original(server, sockets=door.unlock())
+    door.opened.set()
+
+
+# --- detokenizer -------------------------------------------------------------------------------------------------
+
+
+def _before_detokenizer(*_: Any, **__: Any) -> None:
+    """The launcher watches this process from now on."""
+    say_hello(active_config().store_address, "detokenizer")
+
+
+def _before_detokenizing(_manager: Any) -> None:
+    if "rare-collections" not in active_config().without:
+        settle()
 
 
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _OPENAI = "sglang.srt.entrypoints.openai"
 
+_COMMUNICATOR = "sglang.srt.managers.communicator.FanOutCommunicator"
+
 FRONT_SEAMS: tuple[Seam, ...] = (
+    Seam(
+        f"{_TOKENIZER}.update_weights_from_disk",
+        _refuse_weights_from_disk,
+        HookType.REPLACE,
+        ("self", "obj", "request"),
+    ),
+    *(
+        Seam(
+            f"{_TOKENIZER}.update_weights_from_{source}", _refuse_weights, HookType.REPLACE, ("self", "obj", "request")
+        )
+        for source in ("tensor", "distributed", "ipc")
+    ),
+    Seam(f"{_COMMUNICATOR}.__call__", questions.call, HookType.REPLACE, ("self", "obj")),
+    Seam(f"{_COMMUNICATOR}.handle_recv", questions.handle_recv, HookType.REPLACE, ("self", "recv_obj")),
+    Seam(
+        f"{_TOKENIZER}.open_session",
+        questions.around_open_session,
+        HookType.AROUND,
+        ("self", "obj", "request"),
+    ),
+    Seam(
+        f"{_TOKENIZER}.generate_request",
+        _around_generate,
+        HookType.AROUND,
+        ("self", "obj", "request"),
+    ),
+    Seam(
+        f"{_TOKENIZER}._tokenize_texts",
+        tokenize,
+        HookType.AROUND,
+        ("self", "texts", "is_cross_encoder"),
+    ),
+    Seam(
+        f"{_TOKENIZER}._validate_one_request",
+        _before_validate,
+        HookType.BEFORE,
+        ("self", "obj", "input_ids"),
+    ),
     Seam(f"{_TOKENIZER}._init_req_state", _note_owner, HookType.AFTER, ("self", "obj", "request")),
     Seam(f"{_TOKENIZER}._send_one_request", _note_sent, HookType.BEFORE, ("self", "tokenized_obj")),
     Seam(f"{_TOKENIZER}._send_batch_request", _note_sent, HookType.BEFORE, ("self", "tokenized_objs")),
@@ -187,5 +216,21 @@ FRONT_SEAMS: tuple[Seam, ...] = (
         _before_handle_request,
         HookType.BEFORE,
         ("self", "request", "raw_request"),
+    ),
+    Seam("uvicorn.server.Server.startup", _around_listening, HookType.AROUND, ("self", "sockets")),
+)
+
+DETOKENIZER_SEAMS: tuple[Seam, ...] = (
+    Seam(
+        "sglang.srt.managers.detokenizer_manager.DetokenizerManager.__init__",
+        _before_detokenizer,
+        HookType.BEFORE,
+        ("self", "server_args", "port_args"),
+    ),
+    Seam(
+        "sglang.srt.managers.detokenizer_manager.DetokenizerManager.event_loop",
+        _before_detokenizing,
+        HookType.BEFORE,
+        ("self",),
     ),
 )

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from asyncep_sgl.front.asgi import App, Message, Receive, Scope, Send
-from asyncep_sgl.front.caller import caller
+from asyncep_sgl.front.passage import caller
 
 _PATHS = ("/server_info", "/get_server_info")
 # A word of its own in a name of words joined by underscores. max_total_tokens is no token that opens a door.
@@ -51,7 +51,7 @@ def _is_secret(name: str, value: Any) -> bool:
 class SecretsGate:
     """ASGI middleware: takes secrets out of what SGLang tells about its configuration. The administrator sees paths."""
 
-    app: App
+    app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""

@@ -13,8 +13,9 @@ from itertools import chain, islice
 from typing import Any
 
 import orjson
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from asyncep_sgl.front.asgi import App, Receive, Refusal, Scope, Send, refuse
+from asyncep_sgl.front.asgi import Refusal, refuse
 from asyncep_sgl.front.bodies import replay
 from asyncep_sgl.front.rules import shown
 
@@ -71,7 +72,7 @@ class ShapeGate:
         most_values: log-probabilities in one answer.
     """
 
-    app: App
+    app: ASGIApp
     paths: Collection[str]
     most_values: int
 

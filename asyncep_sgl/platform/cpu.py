@@ -5,6 +5,7 @@ from __future__ import annotations
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
+from typing_extensions import override
 
 
 class AnyCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc] # upstream is untyped
@@ -16,12 +17,15 @@ class AnyCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc] # upstr
     _enum = PlatformEnum.OOT
     device_name = "cpu"
 
+    @override
     def get_device(self, device_id: int = 0) -> str:
         # SGLang takes the device's type with str.split; the mixin's torch.device has none.
         return "cpu"
 
+    @override
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
+    @override
     def get_torch_profiler_activity_str(self) -> str:
         return "CPU"

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
     from asyncep_kernels.moe.table import ExpertTable
     from asyncep_router.cost import ModelCost
-    from asyncep_sgl.command_line import ServeOptions
-    from asyncep_sgl.config import AsyncEPConfig, GroupConfig
-    from asyncep_sgl.experts.manager import ExpertManager
-    from asyncep_sgl.experts.messages import Status
+    from asyncep_sgl.config.options import ServeOptions
+    from asyncep_sgl.config.run import AsyncEPConfig, GroupConfig
+    from asyncep_sgl.experts.shard.manager import ExpertManager
+    from asyncep_sgl.experts.store.messages import Status
 
 
 # --- the run ------------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ class Strategy:
 
     def sglang_flags(self) -> Sequence[str]:
         """Flags with their values for SGLang's command line, where the user's is silent. On GPUs they are not asked
-        for: `asyncep_sgl.cuda_serving` has those."""
+        for: `asyncep_sgl.launcher.cuda_serving` has those."""
         return ()
 
     # The router

@@ -9,7 +9,7 @@ from asyncep_sgl.errors import UsageError
 from asyncep_sgl.strategies.base import Strategy
 
 if TYPE_CHECKING:
-    from asyncep_sgl.config import AsyncEPConfig, GroupConfig
+    from asyncep_sgl.config.run import AsyncEPConfig, GroupConfig
 
 # Imported only when asked for: each process pays for the one strategy that it runs.
 _OURS = {

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from asyncep_sgl.strategies.base import Strategy
 
 if TYPE_CHECKING:
-    from asyncep_sgl.command_line import ServeOptions
-    from asyncep_sgl.config import GroupConfig
+    from asyncep_sgl.config.options import ServeOptions
+    from asyncep_sgl.config.run import GroupConfig
 
 
 class Replicated(Strategy):

@@ -25,9 +25,9 @@ def _around_scheduler(original: Callable[..., None], *args: Any, **kwargs: Any) 
     # Then padding asks for this, which only the backend of that engine has.
     AttentionBackend.get_cpu_graph_seq_len_fill_value = _fill_value
     if os.environ.get(KERNELS_VARIABLE) == "ours":
-        from asyncep_sgl import plugin
+        from asyncep_sgl.rank.seams import take_operators
 
-        plugin.take_operators()
+        take_operators()
     original(*args, **kwargs)
 
 
@@ -107,7 +107,7 @@ def register() -> None:
     """Entry point of ``sglang.srt.plugins``."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from asyncep_sgl.plugin import KERNEL_SEAMS
+    from asyncep_sgl.rank.seams import KERNEL_SEAMS
 
     for target, repair, _ in REPAIRS:
         HookRegistry.register(target, repair, HookType.REPLACE)

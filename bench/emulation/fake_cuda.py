@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from asyncep_sgl.errors import GatherError
-from asyncep_sgl.experts.device import Copy
+from asyncep_sgl.experts.gather.device import Copy
 
 
 class RaceError(AssertionError):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from asyncep_sgl.errors import StoreError
-from asyncep_sgl.experts.device_memory import Piece
+from asyncep_sgl.experts.sources.device_memory import Piece
 
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 _NONE = 0

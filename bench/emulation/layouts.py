@@ -16,7 +16,7 @@ import httpx
 from emulation.two_hosts import Hosts
 from stock_end import end_with_parent
 
-from asyncep_sgl.host import COMPUTING
+from asyncep_sgl.process.host import COMPUTING
 
 PORT = 30000
 START_SECONDS = 300

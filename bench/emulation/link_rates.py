@@ -16,7 +16,7 @@ RATIOS = {"H100": 990e12 / 450e9, "A100": 312e12 / 300e9}
 _PEAK = """
 import torch
 torch.set_num_threads(1)
-from asyncep_sgl.experts.peak import gemm_flops_per_second
+from asyncep_sgl.experts.gather.peak import gemm_flops_per_second
 print(gemm_flops_per_second(torch.bfloat16))
 """
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 # Name, module with `main(arguments) -> int`, one line of help.
 COMMANDS = (
-    ("serve", "asyncep_sgl.launch", "serve an MoE model, its experts shared by all ranks"),
+    ("serve", "asyncep_sgl.launch_server", "serve an MoE model, its experts shared by all ranks"),
     ("classify", "asyncep.classify.command", "label the rows of a JSONL, CSV or Parquet file"),
     ("plan", "asyncep.plan.command", "choose strategy, group and batch for a model on given devices"),
     ("demo", "asyncep.demo.command", "classify real news articles with a real MoE, end to end"),

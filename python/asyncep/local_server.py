@@ -20,7 +20,7 @@ from pathlib import Path
 
 import httpx
 
-from asyncep_sgl.ports import free_port, is_free, is_listening
+from asyncep_sgl.process.ports import free_port, is_free, is_listening
 
 logger = logging.getLogger("asyncep")
 

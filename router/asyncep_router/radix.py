@@ -24,6 +24,7 @@ from typing import Any
 
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
+from typing_extensions import override
 
 from asyncep_router.errors import ConfigError, IntegrityError
 from asyncep_router.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent, on_device
@@ -265,6 +266,7 @@ class SharedRadixTree(RadixCache):  # type: ignore[misc]  # SGLang is not follow
 
     # SGLang's own steps, completed
 
+    @override
     def _insert_helper(
         self, node: Node, key: RadixKey, value: _Span, priority: int = 0, inserted_len: int = 0
     ) -> tuple[int, Node]:
@@ -274,6 +276,7 @@ class SharedRadixTree(RadixCache):  # type: ignore[misc]  # SGLang is not follow
             last.hashes = None
         return prefix_len, last
 
+    @override
     def _split_node(self, key: RadixKey, child: Node, split_len: int) -> Node:
         upper = super()._split_node(key, child, split_len)
         upper.ranks = child.ranks

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncep_sgl.attention.cuda_choice import (
+from asyncep_sgl.errors import UsageError
+from asyncep_sgl.launcher.cuda_attention import (
     ORDER,
     PAGED_VARIABLE,
     AttentionNeeds,
@@ -21,7 +22,6 @@ from asyncep_sgl.attention.cuda_choice import (
     choose,
     needs_of,
 )
-from asyncep_sgl.errors import UsageError
 
 H100 = CudaHost((9, 0), flashinfer=True, fa3=True)
 PLAIN = AttentionNeeds(128)

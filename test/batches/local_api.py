@@ -18,10 +18,9 @@ from starlette.routing import Route
 
 from asyncep_router.keys import NOBODY, Caller, Keys
 from asyncep_router.rates import Rates
-from asyncep_sgl.batches.api import BatchApi
-from asyncep_sgl.batches.bounds import Bounds
-from asyncep_sgl.batches.mark import in_batch
-from asyncep_sgl.front.caller import caller
+from asyncep_sgl.front.batches.api import BatchApi
+from asyncep_sgl.front.batches.bounds import Bounds
+from asyncep_sgl.front.passage import caller, in_batch
 
 PATH = "/v1/score"
 ENDS = ("completed", "failed", "cancelled", "expired")

@@ -19,9 +19,9 @@ from local_api import Api, api, rows, twice
 from starlette.applications import Starlette
 
 from asyncep_router.keys import Caller
-from asyncep_sgl.batches.api import BatchApi, BatchLife
-from asyncep_sgl.batches.bounds import Bounds
-from asyncep_sgl.batches.store import open_store
+from asyncep_sgl.front.batches.api import BatchApi, BatchLife
+from asyncep_sgl.front.batches.bounds import Bounds
+from asyncep_sgl.front.batches.store import open_store
 
 BOSS = {"boss": Caller("boss", admin=True)}
 Test = Callable[[Api], Awaitable[None]]

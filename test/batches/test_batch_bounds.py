@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncep_router.keys import Caller
-from asyncep_sgl.batches.bounds import Bounds, Ledger, Promise, names_of
-from asyncep_sgl.batches.disk import Disk, NoSpace
-from asyncep_sgl.batches.estimates import answer_bytes, prompts
-from asyncep_sgl.batches.records import ENDPOINTS, ApiError
-from asyncep_sgl.batches.turns import Turns
-from asyncep_sgl.command_line import parse
 from asyncep_sgl.errors import UsageError
+from asyncep_sgl.front.batches.bounds import Bounds, Ledger, Promise, names_of
+from asyncep_sgl.front.batches.disk import Disk, NoSpace
+from asyncep_sgl.front.batches.estimates import answer_bytes, prompts
+from asyncep_sgl.front.batches.records import ENDPOINTS, ApiError
+from asyncep_sgl.front.batches.turns import Turns
+from asyncep_sgl.launcher.command_line import parse
 
 CALLERS = [Caller("ann"), Caller("bob", file_bytes=300), Caller("cid"), Caller("boss", admin=True)]
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from local_api import ENDS, PATH, rows
 
 from asyncep_router.keys import NOBODY
-from asyncep_sgl.batches.records import BatchRecord, read_order
-from asyncep_sgl.batches.runner import MOST_QUARANTINED, BatchRunner
-from asyncep_sgl.batches.store import BatchStore, end_in_order, open_store
+from asyncep_sgl.front.batches.records import BatchRecord, read_order
+from asyncep_sgl.front.batches.runner import MOST_QUARANTINED, BatchRunner
+from asyncep_sgl.front.batches.store import BatchStore, end_in_order, open_store
 
 MODEL = "model"
 Kills = Callable[[int], bool]
@@ -243,8 +243,8 @@ def test_what_the_engine_has_quarantined_is_final(tmp_path: Path, body: bytes, t
 SERVER = """
 import asyncio, json, os, signal, sys
 from pathlib import Path
-from asyncep_sgl.batches.runner import BatchRunner
-from asyncep_sgl.batches.store import open_store
+from asyncep_sgl.front.batches.runner import BatchRunner
+from asyncep_sgl.front.batches.store import open_store
 
 async def send(path, body):
     row = json.loads(body)["row"]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from local_api import Api, api, rows, twice
 
-from asyncep_sgl.batches.bounds import Bounds
+from asyncep_sgl.front.batches.bounds import Bounds
 
 MEGABYTE = 1 << 20
 # The floor is what normally keeps room; without it the disk is really full.

@@ -15,12 +15,12 @@ from local_api import ENDS, PATH, api, rows
 
 from asyncep_router.keys import NOBODY, Caller, Keys
 from asyncep_router.rates import Rates
-from asyncep_sgl.batches.bounds import Bounds, Ledger, Promise
-from asyncep_sgl.batches.disk import NoSpace
-from asyncep_sgl.batches.lines import RequestLine
-from asyncep_sgl.batches.records import NEED_INPUT, ApiError, BatchRecord, Status, read_order
-from asyncep_sgl.batches.runner import BatchRunner
-from asyncep_sgl.batches.store import BatchStore, end_in_order, open_store
+from asyncep_sgl.front.batches.bounds import Bounds, Ledger, Promise
+from asyncep_sgl.front.batches.disk import NoSpace
+from asyncep_sgl.front.batches.lines import RequestLine
+from asyncep_sgl.front.batches.records import NEED_INPUT, ApiError, BatchRecord, Status, read_order
+from asyncep_sgl.front.batches.runner import BatchRunner
+from asyncep_sgl.front.batches.store import BatchStore, end_in_order, open_store
 
 
 async def never(path: str, body: bytes) -> tuple[int, bytes]:

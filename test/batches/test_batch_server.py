@@ -22,7 +22,7 @@ import pytest
 from openai.types import Batch
 from server import Server, run, wait_ready
 
-from asyncep_sgl.ports import free_port
+from asyncep_sgl.process.ports import free_port
 
 pytestmark = pytest.mark.server
 

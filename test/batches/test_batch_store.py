@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncep_router.keys import NOBODY, Caller
-from asyncep_sgl.batches import database as database_module
-from asyncep_sgl.batches.disk import Damaged
-from asyncep_sgl.batches.lines import RequestLine, answer_line, read_lines
-from asyncep_sgl.batches.mark import in_batch
-from asyncep_sgl.batches.records import ApiError, BatchRecord, FileRecord, read_order, window_seconds
-from asyncep_sgl.batches.runner import BatchRunner
-from asyncep_sgl.batches.store import BatchStore, open_store
 from asyncep_sgl.errors import UsageError
+from asyncep_sgl.front.batches import database as database_module
+from asyncep_sgl.front.batches.disk import Damaged
+from asyncep_sgl.front.batches.lines import RequestLine, answer_line, read_lines
+from asyncep_sgl.front.batches.records import ApiError, BatchRecord, FileRecord, read_order, window_seconds
+from asyncep_sgl.front.batches.runner import BatchRunner
+from asyncep_sgl.front.batches.store import BatchStore, open_store
+from asyncep_sgl.front.passage import in_batch
 
 MODEL = "model"
 PATH = "/v1/score"

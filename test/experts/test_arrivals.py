@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from asyncep_sgl.experts.arrivals import Arrivals, Wrong
-from asyncep_sgl.experts.transports.remote import PeerLostError
+from asyncep_sgl.experts.sources.arrivals import Arrivals, Wrong
+from asyncep_sgl.experts.sources.remote import PeerLostError
 
 
 class Read:

@@ -14,9 +14,9 @@ from fake_cuda import FakeDevice
 from test_device_gather import Model, compute
 
 from asyncep_sgl.errors import GatherError
-from asyncep_sgl.experts.gather import ExpertGather
-from asyncep_sgl.experts.transports.cuda import Shard
-from asyncep_sgl.experts.transports.nccl import NcclSource
+from asyncep_sgl.experts.gather.gather import ExpertGather
+from asyncep_sgl.experts.sources.cuda import Shard
+from asyncep_sgl.experts.sources.nccl import NcclSource
 
 RANKS = 3
 

@@ -16,8 +16,8 @@ import torch
 from cuda.bindings import driver
 
 from asyncep_sgl.errors import GatherError, StoreError
-from asyncep_sgl.experts.device import Copy, TorchDevice
-from asyncep_sgl.experts.device_memory import CudaMemory, Piece
+from asyncep_sgl.experts.gather.device import Copy, TorchDevice
+from asyncep_sgl.experts.sources.device_memory import CudaMemory, Piece
 
 GRANULE = 1 << 21
 OK = driver.CUresult.CUDA_SUCCESS

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncep_sgl.errors import GatherError
-from asyncep_sgl.experts.device_source import DeviceSource
-from asyncep_sgl.experts.gather import ExpertGather, GatheredLayer, slot_layout
-from asyncep_sgl.experts.layout import GroupLayout
-from asyncep_sgl.experts.plan import Piece
-from asyncep_sgl.experts.slices import slices
-from asyncep_sgl.experts.transports.cuda import CudaSource, Shard
-from asyncep_sgl.experts.transports.pinned import PinnedSource
+from asyncep_sgl.experts.gather.device_source import DeviceSource
+from asyncep_sgl.experts.gather.gather import ExpertGather, GatheredLayer, slot_layout
+from asyncep_sgl.experts.gather.plan import Piece
+from asyncep_sgl.experts.gather.slices import slices
+from asyncep_sgl.experts.shard.layout import GroupLayout
+from asyncep_sgl.experts.sources.cuda import CudaSource, Shard
+from asyncep_sgl.experts.sources.pinned import PinnedSource
 
 WIDTH, INTER = 8, 4
 

@@ -16,13 +16,13 @@ import torch
 from fake_cuda import FakeDevice
 from host_vmm import HostMemory
 
-from asyncep_sgl.config import GroupConfig
+from asyncep_sgl.config.run import GroupConfig
 from asyncep_sgl.errors import StoreError
-from asyncep_sgl.experts.device_managers import DeviceExpertManager, PinnedExpertManager
-from asyncep_sgl.experts.gather_start import start_gather
-from asyncep_sgl.experts.handles import HandleClient
-from asyncep_sgl.experts.manager import ExpertManager
-from asyncep_sgl.experts.server import StoreServer
+from asyncep_sgl.experts.shard.manager import ExpertManager
+from asyncep_sgl.experts.sources.device_managers import DeviceExpertManager, PinnedExpertManager
+from asyncep_sgl.experts.start import start_gather
+from asyncep_sgl.experts.store.handles import HandleClient
+from asyncep_sgl.experts.store.server import StoreServer
 
 LAYERS, EXPERTS, RANKS = 3, 7, 3
 SHAPES = {"w13_weight": (48, 40), "w2_weight": (40, 24)}

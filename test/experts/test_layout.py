@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncep_sgl.experts.layout import ExpertLayout, GroupLayout, runs
+from asyncep_sgl.experts.shard.layout import ExpertLayout, GroupLayout, runs
 
 counts = st.integers(1, 130)
 layers = st.integers(0, 100)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncep_sgl.errors import GatherError
-from asyncep_sgl.experts.pipeline import Gathered, GatherPipeline
+from asyncep_sgl.experts.gather.pipeline import Gathered, GatherPipeline
 
 
 @dataclass

@@ -19,10 +19,11 @@ import torch
 from safetensors.torch import save_file
 
 from asyncep_sgl.errors import StoreError
-from asyncep_sgl.experts.checkpoint import OwnedWeights
-from asyncep_sgl.experts.client import StoreClient
-from asyncep_sgl.experts.manager import ExpertManager
-from asyncep_sgl.experts.messages import (
+from asyncep_sgl.experts.group.view import ViewClient
+from asyncep_sgl.experts.shard.checkpoint import OwnedWeights
+from asyncep_sgl.experts.shard.manager import ExpertManager
+from asyncep_sgl.experts.store.client import StoreClient
+from asyncep_sgl.experts.store.messages import (
     Allocate,
     Failed,
     Hello,
@@ -33,10 +34,9 @@ from asyncep_sgl.experts.messages import (
     TensorSpec,
     Welcome,
 )
-from asyncep_sgl.experts.registry import StoreRegistry
-from asyncep_sgl.experts.segment import OwnedSegment, map_segment
-from asyncep_sgl.experts.server import StoreServer
-from asyncep_sgl.experts.view import ViewClient
+from asyncep_sgl.experts.store.registry import StoreRegistry
+from asyncep_sgl.experts.store.server import StoreServer
+from asyncep_sgl.process.segment import OwnedSegment, map_segment
 
 LAYERS, EXPERTS, ROWS, COLUMNS = 3, 5, 64, 96
 
@@ -112,9 +112,9 @@ def test_ranks_see_each_others_experts_and_memory_holds_them_once(store: Running
 def test_a_write_to_complete_experts_faults_instead_of_changing_them(store: RunningStore) -> None:
     script = """
 import sys, torch
-from asyncep_sgl.experts.client import StoreClient
-from asyncep_sgl.experts.messages import Loaded, Done
-from asyncep_sgl.experts.manager import ExpertManager
+from asyncep_sgl.experts.store.client import StoreClient
+from asyncep_sgl.experts.store.messages import Loaded, Done
+from asyncep_sgl.experts.shard.manager import ExpertManager
 import threading
 def other():
     manager = ExpertManager.join(1, 2, sys.argv[1])

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncep_sgl.experts.gather_log import GatherBook
-from asyncep_sgl.experts.pipeline import Gathered, LayerTrace
-from asyncep_sgl.experts.window import WindowModel
+from asyncep_sgl.experts.gather.log import GatherBook
+from asyncep_sgl.experts.gather.pipeline import Gathered, LayerTrace
+from asyncep_sgl.experts.gather.window import WindowModel
 
 LAYERS = 8
 PER_FLOP, FIXED = 5e-12, 2e-3  # a core of 200 GFLOP/s

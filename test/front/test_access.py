@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from asyncep_router.keys import NOBODY, Caller, Keys
-from asyncep_sgl.batches.mark import in_batch
 from asyncep_sgl.front.access import AccessGate, Policy, is_local
 from asyncep_sgl.front.asgi import Refusal
-from asyncep_sgl.front.caller import caller
 from asyncep_sgl.front.endpoints import ENDPOINTS, INFERENCE, Access, endpoint_of, rule_of
+from asyncep_sgl.front.passage import caller, in_batch
 
 CLIENT, BOSS = "Bearer client", "Bearer boss"
 _KEYS = {

@@ -19,12 +19,11 @@ from hypothesis import strategies as st
 from asyncep_router.keys import Caller
 from asyncep_sgl.front.asgi import Refusal
 from asyncep_sgl.front.bodies import BodyGate, Held
-from asyncep_sgl.front.caller import caller
 from asyncep_sgl.front.connections import limited
-from asyncep_sgl.front.key_memory import hand_on, read_keys, without_keys
 from asyncep_sgl.front.mistakes import MistakesGate, without_sources
-from asyncep_sgl.front.passage import passage
+from asyncep_sgl.front.passage import caller, passage
 from asyncep_sgl.front.secrets import SecretsGate, redacted
+from asyncep_sgl.process.key_memory import hand_on, read_keys, without_keys
 
 Gate = Callable[[Any, Any, Any], Awaitable[None]]
 

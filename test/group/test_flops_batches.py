@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from prefill_adders import PLAIN, batches, request
 from small_moe import COST
 
-from asyncep_sgl.scheduling.flops_batches import adder_class
+from asyncep_sgl.rank.flops_batches import adder_class
 
 
 @given(budget=st.floats(0, 1e13), cached=st.integers(0, 100_000))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncep_sgl.experts.layout import GroupLayout
-from asyncep_sgl.experts.plan import SlotLayout, choose, pieces
-from asyncep_sgl.experts.window import WindowModel, peak_threshold
+from asyncep_sgl.experts.gather.plan import SlotLayout, choose, pieces
+from asyncep_sgl.experts.gather.window import WindowModel, peak_threshold
+from asyncep_sgl.experts.shard.layout import GroupLayout
 
 
 @given(

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncep_sgl.experts.layout import GroupLayout
-from asyncep_sgl.experts.membership import Membership
-from asyncep_sgl.experts.peers import Card, NodeView, View
+from asyncep_sgl.experts.group.membership import Membership
+from asyncep_sgl.experts.group.peers import Card, NodeView, View
+from asyncep_sgl.experts.shard.layout import GroupLayout
 from asyncep_sgl.strategies.asyncep.group_gate import GroupGate, GroupHealth, uncovered
 
 

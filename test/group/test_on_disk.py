@@ -21,10 +21,10 @@ from server import Server, wait_measured
 
 from asyncep_router.cost import ModelCost
 from asyncep_sgl.errors import GatherError, StoreError
-from asyncep_sgl.experts.checkpoint_map import CheckpointMap, FileRun
-from asyncep_sgl.experts.file_spans import BLOCK, spans
-from asyncep_sgl.experts.gather import ExpertGather, GatheredLayer, slot_layout
-from asyncep_sgl.experts.transports.files import FileSource
+from asyncep_sgl.experts.gather.gather import ExpertGather, GatheredLayer, slot_layout
+from asyncep_sgl.experts.shard.checkpoint_map import CheckpointMap, FileRun
+from asyncep_sgl.experts.sources.file_spans import BLOCK, spans
+from asyncep_sgl.experts.sources.files import FileSource
 
 LAYERS, EXPERTS, WIDTH, INTER = 3, 5, 24, 40
 

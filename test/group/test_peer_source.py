@@ -15,15 +15,15 @@ import psutil
 import pytest
 import torch
 
-from asyncep_sgl.config import AsyncEPConfig, GroupConfig
-from asyncep_sgl.experts import peer_source
-from asyncep_sgl.experts.gather import ExpertGather, GatheredLayer, slot_layout
-from asyncep_sgl.experts.manager import ExpertManager
-from asyncep_sgl.experts.peer_source import PeerSource
-from asyncep_sgl.experts.server import StoreServer
-from asyncep_sgl.experts.transports.remote import RemoteReader
-from asyncep_sgl.experts.view import ViewClient
-from asyncep_sgl.ports import free_port
+from asyncep_sgl.config.run import AsyncEPConfig, GroupConfig
+from asyncep_sgl.experts.gather.gather import ExpertGather, GatheredLayer, slot_layout
+from asyncep_sgl.experts.group.view import ViewClient
+from asyncep_sgl.experts.shard.manager import ExpertManager
+from asyncep_sgl.experts.sources import peer_source
+from asyncep_sgl.experts.sources.peer_source import PeerSource
+from asyncep_sgl.experts.sources.remote import RemoteReader
+from asyncep_sgl.experts.store.server import StoreServer
+from asyncep_sgl.process.ports import free_port
 
 LAYERS, EXPERTS, WIDTH, INTER, NODES = 4, 6, 32, 64, 3
 
@@ -77,7 +77,7 @@ class Host:
             ranks=1, store_address=self.store.address, launcher_pid=os.getpid(), load_board="", group=self.group
         )
         environment = {**os.environ, **config.to_environment(), "UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo"}
-        command = [sys.executable, "-m", "asyncep_sgl.experts.exporter"]
+        command = [sys.executable, "-m", "asyncep_sgl.experts.group.exporter"]
         self.exporter = subprocess.Popen(command, env=environment)
 
     def kill_exporter(self) -> None:

@@ -258,7 +258,7 @@ def test_the_exporter_may_die_too(pair: Pair) -> None:
     expected = one_by_one(pair.alone, wanted)
     load = Load(pair.one, wanted)
     load.wait_for(4)
-    exporter = next(p for p in pair.other.processes() if "asyncep_sgl.experts.exporter" in p.cmdline())
+    exporter = next(p for p in pair.other.processes() if "asyncep_sgl.experts.group.exporter" in p.cmdline())
     exporter.kill()
     load.wait_for(16)
     load.stop()

@@ -65,8 +65,8 @@ def forward(
     hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor
 ) -> list[torch.Tensor]:
     """The same batch through the parameters, then with the odd experts in one slot, then in another."""
-    from asyncep_sgl import cuda_operators
-    from asyncep_sgl.cuda_operators import around_forward_cuda
+    from asyncep_sgl.rank import cuda_operators
+    from asyncep_sgl.rank.cuda_operators import around_forward_cuda
 
     def stock(*_: Any) -> Any:
         raise AssertionError("SGLang's own operator was called")

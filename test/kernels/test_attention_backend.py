@@ -12,8 +12,8 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from asyncep_sgl.attention import cpu_backend
-from asyncep_sgl.attention.cpu_backend import CpuPrefillBackend
+from asyncep_sgl.rank import cpu_attention as cpu_backend
+from asyncep_sgl.rank.cpu_attention import CpuPrefillBackend
 
 HEADS, KV_HEADS, DIM = 4, 2, 32
 

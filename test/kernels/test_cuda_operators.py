@@ -12,8 +12,8 @@ from interpreted import interpreter
 
 from asyncep_kernels.moe import reference
 from asyncep_kernels.moe.table import ExpertTable
-from asyncep_sgl.cuda_operators import around_device_loading, around_forward_cuda
 from asyncep_sgl.errors import SeamError
+from asyncep_sgl.rank.cuda_operators import around_device_loading, around_forward_cuda
 
 
 def test_the_hook_reads_experts_where_they_lie() -> None:

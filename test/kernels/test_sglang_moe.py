@@ -9,7 +9,7 @@ import pytest
 import torch
 from sglang.srt.layers.moe.fused_moe_native import moe_forward_native
 
-from asyncep_sgl.cpu_operators import around_moe_forward_native
+from asyncep_sgl.rank.cpu_operators import around_moe_forward_native
 
 
 def layer(dtype: torch.dtype, experts: int = 6) -> SimpleNamespace:

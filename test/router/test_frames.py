@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from asyncep_router.kv_events import decode_batch
-from asyncep_sgl.experts.peers import decode as decode_of_hosts
-from asyncep_sgl.scheduling.wire import decode as decode_of_ranks
+from asyncep_sgl.experts.group.peers import decode as decode_of_hosts
+from asyncep_sgl.router.wire import decode as decode_of_ranks
 
 
 @pytest.mark.parametrize("decode", [decode_batch, decode_of_hosts, decode_of_ranks])

@@ -14,7 +14,7 @@ from sglang.srt.disaggregation import kv_events as theirs
 
 from asyncep_router.kv_events import decode_batch
 from asyncep_router.radix import SharedRadixTree
-from asyncep_sgl.scheduling.cache_events import joined
+from asyncep_sgl.rank.cache_events import joined
 
 PAGE = 2
 BUDGET = 10**6

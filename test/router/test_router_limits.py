@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from small_moe import COST
 
-from asyncep_sgl.scheduling.limits import SPREAD_TOKENS, limits_of
+from asyncep_sgl.router.limits import SPREAD_TOKENS, limits_of
 
 
 @pytest.mark.parametrize(

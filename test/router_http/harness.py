@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from asyncep_sgl.ports import free_port
+from asyncep_sgl.process.ports import free_port
 
 HERE = Path(__file__).parent
 WAIT_SECONDS = 60.0

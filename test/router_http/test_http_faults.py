@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
-from asyncep_sgl.ports import free_port
+from asyncep_sgl.process.ports import free_port
 from router_http.harness import Load, NullWorker, RouterProcess, prompts, wait_for
 
 Workers = Callable[..., NullWorker]

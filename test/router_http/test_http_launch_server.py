@@ -11,7 +11,7 @@ import httpx
 import psutil
 import pytest
 
-from asyncep_sgl.ports import free_port
+from asyncep_sgl.process.ports import free_port
 from router_http.harness import HERE, wait_for
 
 _PROGRAM = """

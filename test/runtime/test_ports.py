@@ -17,8 +17,8 @@ import pytest
 from asyncep import Runtime, local_server
 from asyncep.cli import main
 from asyncep.local_server import StartError, _Place, _wait_until_ready
-from asyncep_sgl import ports
-from asyncep_sgl.ports import free_port, is_free, is_listening
+from asyncep_sgl.process import ports
+from asyncep_sgl.process.ports import free_port, is_free, is_listening
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from asyncep.batching.tokens import LocalTokens, ServerTokens
 from asyncep.cli import main
 from asyncep.jobs.run import Progress
 from asyncep.runtime import runtime as runtime_module
-from asyncep_sgl.ports import free_port
+from asyncep_sgl.process.ports import free_port
 
 pytestmark = pytest.mark.server
 

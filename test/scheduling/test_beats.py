@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from asyncep_sgl.scheduling.wire import Beat, decode
+from asyncep_sgl.router.wire import Beat, decode
 
 # One call that takes a while, on one thread, as in a rank; it goes on until so many beats have come.
 _KERNELS = {
@@ -21,7 +21,7 @@ _KERNELS = {
 }
 _SCRIPT = """
 import sys, torch
-from asyncep_sgl.scheduling.reports import start_beating
+from asyncep_sgl.rank.reports import start_beating
 torch.set_num_threads(1)
 {kernel}
 start_beating(3, sys.argv[1])

@@ -11,7 +11,7 @@ import tiny_models
 from sglang.srt.managers.detokenizer_manager import DetokenizerManager, LimitedCapacityDict
 from sglang.srt.managers.io_struct import BatchStrOutput, BatchTokenIDOutput
 
-from asyncep_sgl.scheduling.direct_replies import DirectSender, without_text
+from asyncep_sgl.rank.direct_replies import DirectSender, without_text
 
 LENGTH = {"type": "length", "length": 0}
 

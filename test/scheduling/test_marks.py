@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 
-from asyncep_sgl.scheduling.marks import Mark, put_on, taken_off
-from asyncep_sgl.validation import check_priority
+from asyncep_sgl.front.validation import check_priority
+from asyncep_sgl.router.marks import Mark, put_on, taken_off
 
 
 def spread(request: Any) -> list[Any]:

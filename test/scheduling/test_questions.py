@@ -17,8 +17,8 @@ from sglang.srt.managers.io_struct import (
     ProfileReq,
 )
 
-from asyncep_sgl.scheduling import questions
-from asyncep_sgl.scheduling.questions import RankThere, call, handle_recv
+from asyncep_sgl.front import questions
+from asyncep_sgl.front.questions import RankThere, call, handle_recv
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import zmq
 
-from asyncep_sgl.rank_health import RankHealth
-from asyncep_sgl.scheduling.questions import RankThere
+from asyncep_sgl.front.questions import RankThere
+from asyncep_sgl.front.rank_health import RankHealth
 
 WELL = {"serving": [[0, 0], [1, 3]], "starting": [], "silent_seconds": {"0": 0.4, "1": 1.26}}
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncep_sgl.scheduling.rank_order import MOST_SECONDS, is_bulk, sort_waiting, urgency
+from asyncep_sgl.router.rank_order import MOST_SECONDS, is_bulk, sort_waiting, urgency
 
 
 def waiting(order: int | None, seconds: float) -> SimpleNamespace:

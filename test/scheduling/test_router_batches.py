@@ -10,8 +10,8 @@ from prefill_adders import PLAIN, batches, request
 from sglang.srt.managers.schedule_policy import PrefillAdder
 from small_moe import COST
 
-from asyncep_sgl.scheduling.rank_order import urgency
-from asyncep_sgl.scheduling.router_batches import bounded, share_of_batch
+from asyncep_sgl.rank.router_batches import bounded, share_of_batch
+from asyncep_sgl.router.rank_order import urgency
 
 CHUNK_TOKENS = 16384
 

@@ -18,9 +18,9 @@ from asyncep_router.block_view import BlockView
 from asyncep_router.config import Limits
 from asyncep_router.messages import BatchReport, Dispatch, Request
 from asyncep_router.policy import Frontend
-from asyncep_sgl.scheduling.quarantine import Quarantine, Remembered
-from asyncep_sgl.scheduling.restarts import RankDeaths
-from asyncep_sgl.scheduling.suspects import QUARANTINED, Suspects
+from asyncep_sgl.process.restarts import RankDeaths
+from asyncep_sgl.router.quarantine import Quarantine, Remembered
+from asyncep_sgl.router.suspects import QUARANTINED, Suspects
 
 
 @dataclass
@@ -300,7 +300,7 @@ def test_the_same_settings_and_tokens_are_the_same_request() -> None:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.sampling.sampling_params import SamplingParams
 
-    from asyncep_sgl.scheduling.fingerprints import fingerprint
+    from asyncep_sgl.router.fingerprints import fingerprint
 
     def tokenized(rid: str, tokens: list[int], top_k: int = -1, **fields: Any) -> Any:
         known: dict[str, Any] = {

@@ -10,8 +10,8 @@ import pytest
 import zmq
 from sglang.srt.managers.io_struct import AbortReq, sock_recv
 
-from asyncep_sgl.scheduling import controller, rank_life
-from asyncep_sgl.scheduling.rank_life import RankLife
+from asyncep_sgl.router import controller, rank_life
+from asyncep_sgl.router.rank_life import RankLife
 
 
 @pytest.mark.timeout(20)

@@ -11,8 +11,8 @@ import time
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncep_sgl.scheduling.process_state import process_state, stuck
-from asyncep_sgl.scheduling.vigil import Vigil
+from asyncep_sgl.process.state import process_state, stuck
+from asyncep_sgl.router.vigil import Vigil
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.booleans()), min_size=1, max_size=60))

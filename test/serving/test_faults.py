@@ -17,7 +17,7 @@ import psutil
 import pytest
 from server import Server
 
-from asyncep_sgl.ports import free_port
+from asyncep_sgl.process.ports import free_port
 
 pytestmark = pytest.mark.server
 

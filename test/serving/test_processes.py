@@ -21,7 +21,7 @@ import pytest
 import server as servers
 from server import Server
 
-from asyncep_sgl.ports import free_port
+from asyncep_sgl.process.ports import free_port
 
 pytestmark = pytest.mark.server
 

@@ -12,10 +12,10 @@ import tiny_models
 from server import Server
 
 import asyncep_sgl
-from asyncep_sgl.command_line import parse
-from asyncep_sgl.config import AsyncEPConfig, GroupConfig
+from asyncep_sgl.config.run import AsyncEPConfig, GroupConfig
 from asyncep_sgl.errors import UsageError
-from asyncep_sgl.experts.holdings import MoeLayer, gathers, moe_layers
+from asyncep_sgl.experts.shard.holdings import MoeLayer, gathers, moe_layers
+from asyncep_sgl.launcher.command_line import parse
 from asyncep_sgl.strategies import registry
 from asyncep_sgl.strategies.base import RankStrategy, Strategy
 
@@ -170,7 +170,7 @@ def test_nobody_outside_names_a_strategy() -> None:
     """Others know the contract, the registry and whose rank this is; how weights travel is the strategy's own."""
     package = Path(asyncep_sgl.__file__).parent
     known = {"base", "registry", "current"}
-    own = ("asyncep_sgl.experts.gather", "asyncep_sgl.experts.gather_start", "asyncep_sgl.experts.gather_log")
+    own = tuple(f"asyncep_sgl.experts.{room}" for room in ("gather", "sources", "group", "start"))
     for file in package.rglob("*.py"):
         place = file.relative_to(package).parts[0]
         for name in _imports(file):

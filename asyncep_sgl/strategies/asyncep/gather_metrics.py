@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from asyncep_sgl.experts.messages import GatherReport
+from asyncep_sgl.experts.store.messages import GatherReport
 
 _GAUGES = (
     ("seconds", "asyncep_gather_seconds", "t_EP: time of one layer's gather"),

@@ -10,9 +10,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from asyncep_sgl.drain import App, Receive, Scope, Send
-from asyncep_sgl.experts.peers import View
-from asyncep_sgl.experts.view import ViewClient
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from asyncep_sgl.experts.group.peers import View
+from asyncep_sgl.experts.group.view import ViewClient
 
 _LOOK_SECONDS = 0.5
 # What those ask who balance load. SGLang would say that all is well as long as any answer comes, a cancellation too.
@@ -69,7 +70,7 @@ class GroupGate:
     Checks of health are answered alike.
     """
 
-    app: App
+    app: ASGIApp
     health: GroupHealth
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from asyncep_sgl.errors import StoreError
-from asyncep_sgl.experts.gather import Counters, ExpertGather
-from asyncep_sgl.experts.gather_log import GatherBook
-from asyncep_sgl.experts.gather_start import start_gather
-from asyncep_sgl.experts.messages import Done
+from asyncep_sgl.experts.gather.gather import Counters, ExpertGather
+from asyncep_sgl.experts.gather.log import GatherBook
+from asyncep_sgl.experts.start import start_gather
+from asyncep_sgl.experts.store.messages import Done
 from asyncep_sgl.strategies.base import ExpertLayer, RankPlace, RankStrategy, TopK
 
 if TYPE_CHECKING:

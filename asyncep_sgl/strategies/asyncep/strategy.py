@@ -8,17 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from asyncep_router.cost import ModelCost
+from asyncep_sgl.config.run import LARGEST_BATCH_TOKENS
 from asyncep_sgl.errors import UsageError
-from asyncep_sgl.experts.link import link_environment
-from asyncep_sgl.kv_budget import LARGEST_BATCH_TOKENS
+from asyncep_sgl.experts.group.link import link_environment
 from asyncep_sgl.strategies.base import FrontPlace, SideProcess, Strategy
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
 
-    from asyncep_sgl.command_line import ServeOptions
-    from asyncep_sgl.config import GroupConfig
-    from asyncep_sgl.experts.messages import Status
+    from asyncep_sgl.config.options import ServeOptions
+    from asyncep_sgl.config.run import GroupConfig
+    from asyncep_sgl.experts.store.messages import Status
     from asyncep_sgl.strategies.base import RankPlace, RankStrategy
 
 
@@ -42,7 +42,7 @@ class AsyncEP(Strategy):
         """What other hosts read this host's experts through; it holds nothing that is not in the store."""
         if self.config.group.nodes == 1:
             return ()
-        return (SideProcess("exporter", (sys.executable, "-m", "asyncep_sgl.experts.exporter")),)
+        return (SideProcess("exporter", (sys.executable, "-m", "asyncep_sgl.experts.group.exporter")),)
 
     def environment(self, outside: Mapping[str, str]) -> Mapping[str, str]:
         """Where UCX listens."""
@@ -71,7 +71,7 @@ class AsyncEP(Strategy):
         group = self.config.group
         if group.nodes == 1:
             return ()
-        from asyncep_sgl.experts.view import ViewClient
+        from asyncep_sgl.experts.group.view import ViewClient
         from asyncep_sgl.strategies.asyncep.group_gate import GroupGate, GroupHealth, watch
 
         health = GroupHealth(group.nodes, group.copies, group.patience_seconds)

@@ -122,8 +122,8 @@ def _threshold(state: dict[str, Any]) -> int | None:
 
 def cost_of(model: str) -> Cost:
     """The cost model of a checkpoint folder on this host; tokens if it is not here or of an unknown architecture."""
+    from asyncep_sgl.config.model_support import read_config
     from asyncep_sgl.errors import AsyncEPError
-    from asyncep_sgl.model_support import read_config
 
     if not Path(model).is_dir():
         return TokenCost()

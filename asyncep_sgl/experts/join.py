@@ -1,0 +1,21 @@
+"""A rank's way into the expert store: the kind of manager that belongs to where the experts lie."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from asyncep_sgl.config.run import GroupConfig
+from asyncep_sgl.experts.shard.manager import ExpertManager
+from asyncep_sgl.experts.sources.device_managers import DeviceExpertManager, PinnedExpertManager
+
+
+def join_store(
+    transport: Literal["host", "cuda", "pinned"], rank: int, ranks: int, address: str, group: GroupConfig
+) -> ExpertManager:
+    """A rank's side of the store, of the kind that belongs to where the experts lie.
+
+    Raises:
+        StoreError: see `ExpertManager.join`.
+    """
+    kinds = {"host": ExpertManager, "cuda": DeviceExpertManager, "pinned": PinnedExpertManager}
+    return kinds[transport].join(rank, ranks, address, group)

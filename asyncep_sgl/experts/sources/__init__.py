@@ -1,0 +1,1 @@
+"""Where gathered experts come from: other hosts, other devices, host memory, files."""

@@ -1,0 +1,93 @@
+"""A process's line to the owner of the expert store."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, TypeVar
+
+import msgspec
+import zmq
+
+from asyncep_sgl.errors import StoreError
+from asyncep_sgl.experts.store.messages import Hello, Refused, Reply, Request, Welcome
+from asyncep_sgl.process.zmq_end import ends_with
+
+_Reply = TypeVar("_Reply")
+
+PATIENCE_SECONDS = 30.0
+
+
+class StoreClient:
+    """Asks and waits. Not for use from several threads."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        context = zmq.Context()
+        self._socket = context.socket(zmq.REQ)
+        self._end = ends_with(self, context, [self._socket])
+        # What could not be delivered must not keep a process from ending.
+        self._socket.linger = 0
+        self._socket.connect(address)
+        self._decoder = msgspec.msgpack.Decoder(Reply)
+
+    def ask(self, request: Request, expect: type[_Reply], patience: float | None = PATIENCE_SECONDS) -> _Reply:
+        """Sends ``request`` and returns the reply, which must be an ``expect``.
+
+        Args:
+            patience: seconds to wait; None waits as long as the launcher lives.
+
+        Raises:
+            StoreError: refused, or no answer in time.
+        """
+        self.post(request)
+        if not self._socket.poll(None if patience is None else int(patience * 1000)):
+            raise StoreError(
+                f"no answer from the expert store at {self._address} in {patience} s; is the launcher stopped?"
+            )
+        return self._receive(expect)
+
+    def post(self, request: Request) -> None:
+        """Sends ``request`` and goes on; `poll` gets the reply."""
+        self._socket.send(msgspec.msgpack.encode(request))
+
+    def poll(self, expect: type[_Reply]) -> _Reply | None:
+        """The reply to what was posted, or None if it has not come yet.
+
+        Raises:
+            StoreError: refused.
+        """
+        return self._receive(expect) if self._socket.poll(0) else None
+
+    def _receive(self, expect: type[_Reply]) -> _Reply:
+        reply = self._decoder.decode(self._socket.recv())
+        if isinstance(reply, Refused):
+            raise StoreError(reply.reason)
+        if not isinstance(reply, expect):
+            raise StoreError(f"the expert store answered {type(reply).__name__}, not {expect.__name__}")
+        return reply
+
+    def close(self) -> None:
+        """Hangs up."""
+        self._end()
+
+
+def ask_once(address: str, request: Request, expect: type[_Reply], patience: float | None = PATIENCE_SECONDS) -> _Reply:
+    """One question on a line of its own: a ZeroMQ socket belongs to one thread, and some processes have many.
+
+    Raises:
+        StoreError: see `StoreClient.ask`.
+    """
+    line = StoreClient(address)
+    try:
+        return line.ask(request, expect, patience)
+    finally:
+        line.close()
+
+
+def say_hello(address: str, role: Literal["front", "controller", "detokenizer"]) -> None:
+    """Tells the launcher that this process is there; it is watched from now on.
+
+    Raises:
+        StoreError: see `StoreClient.ask`.
+    """
+    ask_once(address, Hello(role, os.getpid()), Welcome)

@@ -1,0 +1,1 @@
+"""What every process of a server needs: how it lives, listens, forks and ends."""

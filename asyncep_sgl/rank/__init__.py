@@ -1,0 +1,1 @@
+"""What runs inside a rank, that is, inside SGLang's scheduler: kernels, batches, reports."""

@@ -1,1 +1,0 @@
-"""Between the router's policy and SGLang's processes: dispatch, completion reports, restarts."""
