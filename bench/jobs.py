@@ -34,12 +34,12 @@ from records import Claim, write
 from rich.console import Console
 from stock_server import stock_server
 
-from asyncep.classify.template import Template
+from asyncep.commands.demo_data import DATASETS
 from asyncep.demo.build import build_demo_model
-from asyncep.demo.data_command import DATASETS
 from asyncep.demo.weights import DemoDataMissing
 from asyncep.jobs.report import figures_of
 from asyncep.runtime.runtime import Runtime
+from asyncep.tasks.template import Template
 from asyncep_sgl.process.ports import free_port
 
 SEED = 20261123

@@ -2,7 +2,7 @@
 
     python bench/null_generate.py PORT TOKENIZER_FOLDER
 
-It says of itself what `asyncep.batching.server_facts` asks for. Scores are a fixed function of a prompt's last tokens.
+It says of itself what `asyncep.client.server_facts` asks for. Scores are a fixed function of a prompt's last tokens.
 """
 
 from __future__ import annotations

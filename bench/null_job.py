@@ -20,14 +20,14 @@ import psutil
 from null_generate import scores
 from tokenizers import Tokenizer
 
-from asyncep.batching.plan import TokenCost
-from asyncep.batching.probes import Probe, Reading
-from asyncep.batching.server_facts import ServerFacts
-from asyncep.batching.tokens import LocalTokens
-from asyncep.classify.rows import RowSource
+from asyncep.client.plan import TokenCost
+from asyncep.client.probes import Probe, Reading
+from asyncep.client.server_facts import ServerFacts
+from asyncep.client.tokens import LocalTokens
 from asyncep.jobs.run import JobSpec, Progress, run_job
-from asyncep.runtime.session import open_session, session_with
-from asyncep.runtime.task import TaskOptions
+from asyncep.tasks.rows import RowSource
+from asyncep.tasks.session import open_session, session_with
+from asyncep.tasks.task import TaskOptions
 
 _EVERY_SECONDS = 0.1
 FACTS = ServerFacts(2, True, 16, 4096, None, "null", TokenCost(), 2048)

@@ -22,10 +22,10 @@ from router_load import Answers, Load, send, session
 from asyncep.demo.news import TOPICS, sample_articles
 from asyncep.demo.task import GUIDE, QUESTION
 from asyncep.demo.weights import load_tokenizer
+from asyncep.sim.paper_mix import real_mix, synthetic
+from asyncep.sim.traces import read_trace
+from asyncep.sim.workloads import TimedPrompt, conversations
 from asyncep_router.cost import ModelCost
-from asyncep_router.paper_mix import real_mix, synthetic
-from asyncep_router.traces import read_trace
-from asyncep_router.workloads import TimedPrompt, conversations
 
 PAGE = 16
 MIX_LENGTHS = 1 / 4

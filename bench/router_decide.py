@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from records import Claim, write
 
+from asyncep.sim.workloads import random_tokens
 from asyncep_router.config import Limits
 from asyncep_router.cost import ModelCost
 from asyncep_router.messages import BatchReport, Request
 from asyncep_router.policy import Frontend
-from asyncep_router.workloads import random_tokens
 
 IMPORT_STARTED = time.perf_counter()
 from asyncep_router.radix import SharedRadixTree  # noqa: E402  its import is one of the things timed

@@ -15,10 +15,10 @@ import aiohttp
 import orjson
 from router_sides import processor_seconds_by_role
 
+from asyncep.sim.redundancy import Redundancy
+from asyncep.sim.traces import read_trace
+from asyncep.sim.workloads import TimedPrompt, conversations, few_shot_mix, long_inputs
 from asyncep_router.cost import ModelCost
-from asyncep_router.redundancy import Redundancy
-from asyncep_router.traces import read_trace
-from asyncep_router.workloads import TimedPrompt, conversations, few_shot_mix, long_inputs
 
 LABELS = (11, 22, 33, 44)
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from asyncep.sim.router import RankModel, simulate
+from asyncep.sim.workloads import few_shot_mix
 from asyncep_router.baselines import Immediate, RoundRobin
 from asyncep_router.block_view import BlockView
 from asyncep_router.config import Limits
 from asyncep_router.cost import ModelCost
 from asyncep_router.policy import Frontend
-from asyncep_router.simulate import RankModel, simulate
-from asyncep_router.workloads import few_shot_mix
 
 PAPER = (0.16, 0.18)
 QWEN3_235B: dict[str, Any] = {

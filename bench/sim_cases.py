@@ -15,14 +15,14 @@ from asyncep.sim.engine import Result, frontend, simulate, simulate_routed
 from asyncep.sim.errors import DataError, DoesNotFit
 from asyncep.sim.hardware import Cluster, Link
 from asyncep.sim.kernels import Kernels
+from asyncep.sim.paper_mix import SYNTHETIC_TOKENS, real_mix, synthetic
 from asyncep.sim.skew import ExpertSkew
 from asyncep.sim.steady import Profile, Steady, steady
 from asyncep.sim.strategies.amoe import Amoe
 from asyncep.sim.strategies.asap import Asap
 from asyncep.sim.work import Model
+from asyncep.sim.workloads import TimedPrompt, few_shot_mix
 from asyncep_router.baselines import CacheAware, Immediate, RoundRobin, ShortestQueue
-from asyncep_router.paper_mix import SYNTHETIC_TOKENS, real_mix, synthetic
-from asyncep_router.workloads import TimedPrompt, few_shot_mix
 
 SEED = 1
 MACHINES = (("a100", "bf16"), ("h100", "bf16"), ("h100", "fp8"), ("h200", "fp8"))

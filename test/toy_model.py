@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from asyncep.batching.errors import RejectedError
-from asyncep.batching.plan import TokenCost
-from asyncep.batching.probes import Probe, Reading
-from asyncep.batching.server_facts import ServerFacts
+from asyncep.client.errors import RejectedError
+from asyncep.client.plan import TokenCost
+from asyncep.client.probes import Probe, Reading
+from asyncep.client.server_facts import ServerFacts
 
 VOCABULARY = 256
 REFUSED = ord("!")  # a prompt with this token is refused, and spoils its batch

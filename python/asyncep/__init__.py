@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from asyncep.runtime.results import Classification, Ranked, Score, TokenLogProbs
     from asyncep.runtime.runtime import Runtime
+    from asyncep.tasks.results import Classification, Ranked, Score, TokenLogProbs
 
 __all__ = ["Classification", "Ranked", "Runtime", "Score", "TokenLogProbs"]
 
@@ -21,7 +21,7 @@ def __getattr__(name: str) -> Any:
 
         return Runtime
     if name in __all__:
-        from asyncep.runtime import results
+        from asyncep.tasks import results
 
         return getattr(results, name)
     raise AttributeError(f"module 'asyncep' has no attribute {name!r}")

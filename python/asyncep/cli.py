@@ -9,11 +9,11 @@ from collections.abc import Sequence
 # Name, module with `main(arguments) -> int`, one line of help.
 COMMANDS = (
     ("serve", "asyncep_sgl.launch_server", "serve an MoE model, its experts shared by all ranks"),
-    ("classify", "asyncep.classify.command", "label the rows of a JSONL, CSV or Parquet file"),
-    ("plan", "asyncep.plan.command", "choose strategy, group and batch for a model on given devices"),
-    ("demo", "asyncep.demo.command", "classify real news articles with a real MoE, end to end"),
-    ("demo-model", "asyncep.demo.model_command", "build the demo's model"),
-    ("demo-data", "asyncep.demo.data_command", "write real labelled text as a file for classify"),
+    ("classify", "asyncep.commands.classify", "label the rows of a JSONL, CSV or Parquet file"),
+    ("plan", "asyncep.commands.plan", "choose strategy, group and batch for a model on given devices"),
+    ("demo", "asyncep.commands.demo", "classify real news articles with a real MoE, end to end"),
+    ("demo-model", "asyncep.commands.demo_model", "build the demo's model"),
+    ("demo-data", "asyncep.commands.demo_data", "write real labelled text as a file for classify"),
 )
 
 

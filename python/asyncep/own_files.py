@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from asyncep.batching.errors import OptionError
+from asyncep.client.errors import OptionError
 
 # How the user calls a path, such as OUT or --report, and the path.
 Named = tuple[str, Path]

@@ -10,13 +10,13 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from asyncep.batching import generate
-from asyncep.batching.errors import RejectedError, ServerError
-from asyncep.batching.generate import GenerateClient
-from asyncep.batching.plan import TokenCost
-from asyncep.batching.probes import Probe, Reading
-from asyncep.batching.server_facts import ask_server
-from asyncep.batching.tokens import ServerTokens, tokens_for
+from asyncep.client import generate
+from asyncep.client.errors import RejectedError, ServerError
+from asyncep.client.generate import GenerateClient
+from asyncep.client.plan import TokenCost
+from asyncep.client.probes import Probe, Reading
+from asyncep.client.server_facts import ask_server
+from asyncep.client.tokens import ServerTokens, tokens_for
 
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

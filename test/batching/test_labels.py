@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_model import ToyServer, log_likelihood
 
-from asyncep.batching.errors import OptionError
-from asyncep.batching.labels import LabelSet
+from asyncep.client.errors import OptionError
+from asyncep.client.labels import LabelSet
 
 tokens = st.lists(st.integers(0, 5), min_size=1, max_size=5)
 

@@ -15,17 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncep import Runtime
-from asyncep.batching import generate
-from asyncep.batching.address import server_url
-from asyncep.batching.errors import NOT_THE_PROMPTS, OptionError, RejectedError, ServerError
-from asyncep.batching.generate import Behind, GenerateClient
-from asyncep.batching.lanes import Lanes
-from asyncep.batching.plan import Batch, Plan
-from asyncep.batching.probes import Probe
-from asyncep.batching.server_facts import ServerFacts, ask_server
-from asyncep.batching.tokens import ServerTokens, Untokenized
 from asyncep.cli import main
-from asyncep.runtime.session import open_session
+from asyncep.client import generate
+from asyncep.client.address import server_url
+from asyncep.client.errors import NOT_THE_PROMPTS, OptionError, RejectedError, ServerError
+from asyncep.client.generate import Behind, GenerateClient
+from asyncep.client.lanes import Lanes
+from asyncep.client.plan import Batch, Plan
+from asyncep.client.probes import Probe
+from asyncep.client.server_facts import ServerFacts, ask_server
+from asyncep.client.tokens import ServerTokens, Untokenized
+from asyncep.tasks.session import open_session
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 PROBE = Probe([1, 2, 3], (5,))
@@ -300,7 +300,7 @@ def test_only_servers_of_ours_are_told_what_can_wait(routes: dict[str, Any], kno
 
 
 def _label_set() -> Any:
-    from asyncep.batching.labels import LabelSet
+    from asyncep.client.labels import LabelSet
 
     return LabelSet([[5]])
 

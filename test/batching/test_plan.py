@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncep.batching.plan import Batch, Plan, Shape, TokenCost, plan
+from asyncep.client.plan import Batch, Plan, Shape, TokenCost, plan
 
 PAGE = 2
 Prompt = list[int]

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_model import REFUSED, ToyServer, log_likelihood, toy_facts
 
-from asyncep.batching.errors import ServerError
-from asyncep.batching.labels import LabelScores, LabelSet
-from asyncep.batching.probes import Probe, Reading
-from asyncep.batching.scorer import Scorer
+from asyncep.client.errors import ServerError
+from asyncep.client.labels import LabelScores, LabelSet
+from asyncep.client.probes import Probe, Reading
+from asyncep.client.scorer import Scorer
 
 LABELS = LabelSet([[1], [2, 3]])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asyncep.batching.server_facts import _threshold
+from asyncep.client.server_facts import _threshold
 
 
 def test_a_jobs_batches_are_those_of_the_router_not_its_t() -> None:

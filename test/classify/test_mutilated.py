@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from toy_model import ByteTokens, ToyServer, toy_facts
 
-from asyncep.classify.rows import InputError, Row, RowSource
 from asyncep.cli import main
 from asyncep.jobs.run import JobSpec, run_job
-from asyncep.runtime.session import session_with
-from asyncep.runtime.task import TaskOptions
+from asyncep.tasks.rows import InputError, Row, RowSource
+from asyncep.tasks.session import session_with
+from asyncep.tasks.task import TaskOptions
 
 MANY = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

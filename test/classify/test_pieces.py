@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncep.classify.rows import InputError, Row, RowSource
-from asyncep.classify.scoring import decide, offsets_of
-from asyncep.classify.summary import Summary
-from asyncep.classify.template import DEFAULT, Template, TemplateError, read_examples
+from asyncep.tasks.rows import InputError, Row, RowSource
+from asyncep.tasks.scoring import decide, offsets_of
+from asyncep.tasks.summary import Summary
+from asyncep.tasks.template import DEFAULT, Template, TemplateError, read_examples
 
 
 def test_bad_rows_carry_their_error_and_the_next_goes_on(tmp_path: Path) -> None:

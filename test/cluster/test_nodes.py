@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_model import ByteTokens, ToyServer, log_likelihood, toy_facts
 
-from asyncep.batching.errors import RejectedError, ServerError
-from asyncep.batching.labels import LabelScores
-from asyncep.batching.probes import Probe, Reading
-from asyncep.batching.scorer import Scorer
+from asyncep.client.errors import RejectedError, ServerError
+from asyncep.client.labels import LabelScores
+from asyncep.client.probes import Probe, Reading
+from asyncep.client.scorer import Scorer
 from asyncep.cluster.nodes import NodeLostError, Nodes, joint_facts
-from asyncep.runtime.session import Session
-from asyncep.runtime.task import TaskOptions
+from asyncep.tasks.session import Session
+from asyncep.tasks.task import TaskOptions
 
 
 class ToyNode:

@@ -16,13 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy_model import ByteTokens, ToyServer, toy_facts
 
-from asyncep.classify.rows import InputError, RowSource
 from asyncep.jobs.journal import JobError, digest_of, open_journal
 from asyncep.jobs.peak import measure_peak
 from asyncep.jobs.report import figures_of, text_report, write_html
 from asyncep.jobs.run import JobResult, JobSpec, Progress, run_job
-from asyncep.runtime.session import session_with
-from asyncep.runtime.task import TaskOptions
+from asyncep.tasks.rows import InputError, RowSource
+from asyncep.tasks.session import session_with
+from asyncep.tasks.task import TaskOptions
 
 OPTIONS = TaskOptions(["yes", "no"], "Q: {text} A:")
 

@@ -16,14 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy_model import ByteTokens, ToyServer, toy_facts
 
-from asyncep.classify.rows import RowSource
 from asyncep.cli import main
 from asyncep.jobs import run as run_module
 from asyncep.jobs.journal import JobError, open_journal
 from asyncep.jobs.run import JobResult, JobSpec, run_job
 from asyncep.own_files import OutputError, check_free, new_file, put_in_place, same_file
-from asyncep.runtime.session import session_with
-from asyncep.runtime.task import TaskOptions
+from asyncep.tasks.rows import RowSource
+from asyncep.tasks.session import session_with
+from asyncep.tasks.task import TaskOptions
 
 OPTIONS = TaskOptions(["yes", "no"], "Q: {text} A:")
 ROWS = '{"text": "one", "label": "yes"}\n{"text": "two", "label": "no"}\n'

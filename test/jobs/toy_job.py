@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from toy_model import ByteTokens, ToyServer, toy_facts
 
-from asyncep.classify.rows import RowSource
 from asyncep.jobs import journal
 from asyncep.jobs.run import JobSpec, Progress, run_job
-from asyncep.runtime.session import session_with
-from asyncep.runtime.task import TaskOptions
+from asyncep.tasks.rows import RowSource
+from asyncep.tasks.session import session_with
+from asyncep.tasks.task import TaskOptions
 
 
 def die_at(operation: int) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from asyncep.cli import main as asyncep
-from asyncep.plan.command import main
+from asyncep.commands.plan import main
 from asyncep.plan.inputs import InputError, read_cluster, read_link, read_model, read_workload
 from asyncep.plan.planner import Planner
 from asyncep.sim import hardware
@@ -191,7 +191,7 @@ def test_a_profile_counts_shared_prefixes_once() -> None:
 def test_planning_needs_neither_torch_nor_sglang() -> None:
     script = """
 import sys
-from asyncep.plan.command import main
+from asyncep.commands.plan import main
 assert main(["--model", "qwen3-30b-a3b", "--gpus", "2xh100", "--workload", "512"]) == 0
 sys.exit(", ".join({"torch", "sglang"} & set(sys.modules)) or 0)
 """

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncep_router.errors import ConfigError
-from asyncep_router.paper_mix import (
+from asyncep.sim.paper_mix import (
     DATASETS,
     LONGEST,
     REQUESTS,
@@ -19,6 +18,7 @@ from asyncep_router.paper_mix import (
     synthetic,
     with_arrivals,
 )
+from asyncep_router.errors import ConfigError
 
 
 def test_the_data_sets_make_up_the_papers_requests() -> None:

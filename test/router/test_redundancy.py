@@ -7,8 +7,8 @@ from array import array
 import pytest
 from small_moe import COST
 
-from asyncep_router.redundancy import Redundancy
-from asyncep_router.workloads import TimedPrompt, few_shot_mix
+from asyncep.sim.redundancy import Redundancy
+from asyncep.sim.workloads import TimedPrompt, few_shot_mix
 
 PAGE = 16
 

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING
 import pytest
 from test_cost import QWEN3_235B
 
+from asyncep.sim.router import RankModel, Result, lower_bound_flops, shared_once, simulate
+from asyncep.sim.workloads import TimedPrompt, conversations, few_shot_mix, long_inputs
 from asyncep_router.baselines import CacheAware, Immediate, PowerOfTwo, Random, RoundRobin, ShortestQueue
 from asyncep_router.block_view import BlockView
 from asyncep_router.config import Limits
 from asyncep_router.cost import ModelCost
 from asyncep_router.messages import BatchReport, Reason, Request
 from asyncep_router.policy import Frontend
-from asyncep_router.simulate import RankModel, Result, lower_bound_flops, shared_once, simulate
-from asyncep_router.workloads import TimedPrompt, conversations, few_shot_mix, long_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from asyncep_router.simulate import Placer
+    from asyncep.sim.router import Placer
 
 COST = ModelCost.from_config(QWEN3_235B, expert_itemsize=1)
 GATHER = 5.9e-3  # t_EP a layer: fp8 experts at 360 GB/s

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from asyncep.sim.traces import read_azure, read_mooncake, read_trace
+from asyncep.sim.workloads import conversations, few_shot_mix, long_inputs
 from asyncep_router.errors import TraceError
-from asyncep_router.traces import read_azure, read_mooncake, read_trace
-from asyncep_router.workloads import conversations, few_shot_mix, long_inputs
 
 if TYPE_CHECKING:
     from pathlib import Path

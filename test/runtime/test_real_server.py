@@ -24,11 +24,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncep import Runtime
-from asyncep.batching.errors import OptionError
-from asyncep.batching.generate import Behind
-from asyncep.batching.scorer import INTERACTIVE_PROMPTS
-from asyncep.batching.tokens import LocalTokens, ServerTokens
 from asyncep.cli import main
+from asyncep.client.errors import OptionError
+from asyncep.client.generate import Behind
+from asyncep.client.scorer import INTERACTIVE_PROMPTS
+from asyncep.client.tokens import LocalTokens, ServerTokens
 from asyncep.jobs.run import Progress
 from asyncep.runtime import runtime as runtime_module
 from asyncep_sgl.process.ports import free_port

@@ -9,9 +9,9 @@ import polars
 import pyarrow
 import pytest
 
-from asyncep.batching.errors import OptionError
-from asyncep.runtime.frames import check_frame, library_of, listed, texts_of, with_results
-from asyncep.runtime.results import Classification
+from asyncep.client.errors import OptionError
+from asyncep.tasks.frames import check_frame, library_of, listed, texts_of, with_results
+from asyncep.tasks.results import Classification
 
 TEXTS = ["one", "two", None]
 RESULTS = [

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_model import ByteTokens, ToyServer, log_likelihood, next_logs, toy_facts
 
-from asyncep.batching.errors import OptionError
-from asyncep.runtime.session import RERANK_TEMPLATE, Session, session_with
-from asyncep.runtime.task import TaskOptions
+from asyncep.client.errors import OptionError
 from asyncep.runtime.windows import in_order, windows
+from asyncep.tasks.session import RERANK_TEMPLATE, Session, session_with
+from asyncep.tasks.task import TaskOptions
 
 T = TypeVar("T")
 

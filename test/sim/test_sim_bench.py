@@ -14,8 +14,8 @@ import sim_cases as cases
 import sim_plots as plots
 
 from asyncep.sim import hardware
+from asyncep.sim.paper_mix import real_mix
 from asyncep.sim.skew import ExpertSkew
-from asyncep_router.paper_mix import real_mix
 
 MODEL = cases.model_of("qwen3-30b-a3b", "bf16")
 

@@ -16,10 +16,10 @@ from asyncep.sim.errors import DataError, DoesNotFit, SimulationError
 from asyncep.sim.hardware import Cluster, Link
 from asyncep.sim.kernels import Kernels
 from asyncep.sim.lane import BatchLimits, Lane, Waiting
+from asyncep.sim.paper_mix import real_mix, synthetic
 from asyncep.sim.skew import ExpertSkew
 from asyncep.sim.strategies import OneSidedGather, PipelineParallel, TensorParallel
 from asyncep.sim.work import Batch, Model, uniform
-from asyncep_router.paper_mix import real_mix, synthetic
 
 if TYPE_CHECKING:
     from asyncep.sim.deployment import Deployment

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from asyncep.batching.errors import ServerError
-from asyncep.batching.probes import Probe, Reading
-from asyncep.batching.server_facts import ServerFacts
+from asyncep.client.errors import ServerError
+from asyncep.client.probes import Probe, Reading
+from asyncep.client.server_facts import ServerFacts
 
 logger = logging.getLogger("asyncep")
 

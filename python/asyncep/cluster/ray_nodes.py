@@ -13,15 +13,15 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any, TypeVar
 
-from asyncep.batching.errors import OptionError, RejectedError, ServerError
-from asyncep.batching.generate import GenerateClient
-from asyncep.batching.probes import Probe, Reading
-from asyncep.batching.scorer import Scorer
-from asyncep.batching.server_facts import ServerFacts, ask_server
-from asyncep.batching.tokens import tokens_for
+from asyncep.client.errors import OptionError, RejectedError, ServerError
+from asyncep.client.generate import GenerateClient
+from asyncep.client.probes import Probe, Reading
+from asyncep.client.scorer import Scorer
+from asyncep.client.server_facts import ServerFacts, ask_server
+from asyncep.client.tokens import tokens_for
 from asyncep.cluster.nodes import NodeLostError, Nodes, joint_facts
 from asyncep.local_server import local_server
-from asyncep.runtime.session import Session
+from asyncep.tasks.session import Session
 from asyncep_router.keys import key_from
 
 T = TypeVar("T")

@@ -1,0 +1,1 @@
+"""The demo's model, made from a dense one, and its text."""

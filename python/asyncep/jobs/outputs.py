@@ -11,9 +11,9 @@ from typing import IO, Any, Protocol
 
 import orjson
 
-from asyncep.classify.records import plain
-from asyncep.classify.rows import KINDS, InputError, Row
-from asyncep.runtime.results import Classification
+from asyncep.tasks.records import plain
+from asyncep.tasks.results import Classification
+from asyncep.tasks.rows import KINDS, InputError, Row
 
 _CHUNK = 1 << 20
 _DIGITS = 6

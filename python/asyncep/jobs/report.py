@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from asyncep.classify.summary import BINS, Summary
 from asyncep.jobs.run import JobResult
 from asyncep.own_files import new_file
+from asyncep.tasks.summary import BINS, Summary
 
 _TEMPLATE = "report.html.j2"
 _MOST_LABELS_DRAWN = 40

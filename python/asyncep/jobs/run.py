@@ -11,16 +11,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from asyncep.batching.errors import OptionError
-from asyncep.batching.labels import LabelScores
-from asyncep.classify.rows import Row, RowSource
-from asyncep.classify.summary import Summary
+from asyncep.client.errors import OptionError
+from asyncep.client.labels import LabelScores
 from asyncep.jobs.journal import JobError, Journal, digest_of, journal_folder, open_journal
 from asyncep.jobs.outputs import OutputFormat, join_parts, output_format
 from asyncep.own_files import Named, check_apart, check_free, identity, put_in_place
-from asyncep.runtime.results import Classification
-from asyncep.runtime.session import Session
-from asyncep.runtime.task import Task, TaskOptions
+from asyncep.tasks.results import Classification
+from asyncep.tasks.rows import Row, RowSource
+from asyncep.tasks.session import Session
+from asyncep.tasks.summary import Summary
+from asyncep.tasks.task import Task, TaskOptions
 
 logger = logging.getLogger("asyncep")
 

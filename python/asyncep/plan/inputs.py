@@ -14,11 +14,11 @@ from typing import Any
 from asyncep.sim import hardware
 from asyncep.sim.errors import DataError, SimulationError
 from asyncep.sim.hardware import Cluster, Link
+from asyncep.sim.paper_mix import SYNTHETIC_TOKENS, real_mix, synthetic
+from asyncep.sim.traces import read_azure, read_mooncake
 from asyncep.sim.work import Model
+from asyncep.sim.workloads import TimedPrompt, few_shot_mix, long_inputs, random_tokens
 from asyncep_router.errors import ConfigError, RouterError
-from asyncep_router.paper_mix import SYNTHETIC_TOKENS, real_mix, synthetic
-from asyncep_router.traces import read_azure, read_mooncake
-from asyncep_router.workloads import TimedPrompt, few_shot_mix, long_inputs, random_tokens
 
 SAMPLE_TOKENS = 2_000_000
 """Of a file so many tokens are read: enough for its averages."""

@@ -9,19 +9,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from asyncep.batching.address import server_url
-from asyncep.batching.errors import OptionError
-from asyncep.batching.scorer import Totals
-from asyncep.batching.tokens import Untokenized
-from asyncep.classify.rows import RowSource
+from asyncep.client.address import server_url
+from asyncep.client.errors import OptionError
+from asyncep.client.scorer import Totals
+from asyncep.client.tokens import Untokenized
 from asyncep.jobs.run import JobResult, JobSpec, OnProgress, run_job
 from asyncep.local_server import local_server
-from asyncep.runtime.frames import check_frame, is_frame, library_of, listed, texts_of, with_results
 from asyncep.runtime.loop import LoopThread
-from asyncep.runtime.results import Classification, Ranked, Score, TokenLogProbs
-from asyncep.runtime.session import Session, open_session
-from asyncep.runtime.task import TaskOptions
 from asyncep.runtime.windows import WINDOW, in_order, windows
+from asyncep.tasks.frames import check_frame, is_frame, library_of, listed, texts_of, with_results
+from asyncep.tasks.results import Classification, Ranked, Score, TokenLogProbs
+from asyncep.tasks.rows import RowSource
+from asyncep.tasks.session import Session, open_session
+from asyncep.tasks.task import TaskOptions
 from asyncep_router.errors import ConfigError
 from asyncep_router.keys import key_from
 

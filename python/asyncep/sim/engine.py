@@ -16,13 +16,13 @@ from asyncep.sim.deployment import Deployment
 from asyncep.sim.errors import SimulationError
 from asyncep.sim.lane import Cut, Lane, Waiting
 from asyncep.sim.strategies import Executor
+from asyncep.sim.workloads import TimedPrompt
 from asyncep_router.baselines import Immediate, RoundRobin
 from asyncep_router.block_chain import block_chain
 from asyncep_router.block_view import BlockView
 from asyncep_router.config import Limits
 from asyncep_router.messages import BatchReport, Dispatch, Request
 from asyncep_router.policy import Frontend
-from asyncep_router.workloads import TimedPrompt
 
 
 class Placer(Protocol):

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from asyncep.sim.deployment import Deployment
 from asyncep.sim.work import Batch, Model
+from asyncep.sim.workloads import TimedPrompt
 from asyncep_router.block_chain import block_chain
 from asyncep_router.block_view import BlockView
-from asyncep_router.workloads import TimedPrompt
 
 
 @dataclass(frozen=True)

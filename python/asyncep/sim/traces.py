@@ -17,8 +17,8 @@ from itertools import islice
 from typing import TYPE_CHECKING
 from zlib import crc32
 
+from asyncep.sim.workloads import TimedPrompt, random_tokens
 from asyncep_router.errors import TraceError
-from asyncep_router.workloads import TimedPrompt, random_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -16,8 +16,8 @@ from array import array
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from asyncep.sim.workloads import TimedPrompt, random_tokens
 from asyncep_router.errors import ConfigError
-from asyncep_router.workloads import TimedPrompt, random_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

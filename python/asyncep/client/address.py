@@ -6,7 +6,7 @@ import socket
 from typing import Any
 from urllib.parse import urlsplit
 
-from asyncep.batching.errors import OptionError
+from asyncep.client.errors import OptionError
 
 _IDLE_SECONDS = 30
 _BETWEEN_SECONDS = 10

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
-from asyncep.batching.errors import OptionError
-from asyncep.runtime.results import Classification
+from asyncep.client.errors import OptionError
+from asyncep.tasks.results import Classification
 
 _LIBRARIES = ("pandas", "polars", "pyarrow")
 

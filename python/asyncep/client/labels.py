@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from asyncep.batching.errors import OptionError
-from asyncep.batching.probes import Answerer, Probe
+from asyncep.client.errors import OptionError
+from asyncep.client.probes import Answerer, Probe
 
 Length = Literal["sum", "mean"]
 

@@ -7,18 +7,18 @@ import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
-from asyncep.batching.errors import OptionError
-from asyncep.batching.generate import Behind, GenerateClient, ServerApi
-from asyncep.batching.labels import LabelScores, LabelSet
-from asyncep.batching.probes import Answerer
-from asyncep.batching.scorer import Scorer
-from asyncep.batching.server_facts import ServerFacts, ask_server
-from asyncep.batching.tokens import TextTokens, chat_surroundings, tokens_for
-from asyncep.classify.scoring import offsets_of
-from asyncep.classify.template import Template
-from asyncep.runtime.frames import listed
-from asyncep.runtime.results import Classification, Ranked, Score, TokenLogProbs
-from asyncep.runtime.task import Task, TaskOptions
+from asyncep.client.errors import OptionError
+from asyncep.client.generate import Behind, GenerateClient, ServerApi
+from asyncep.client.labels import LabelScores, LabelSet
+from asyncep.client.probes import Answerer
+from asyncep.client.scorer import Scorer
+from asyncep.client.server_facts import ServerFacts, ask_server
+from asyncep.client.tokens import TextTokens, chat_surroundings, tokens_for
+from asyncep.tasks.frames import listed
+from asyncep.tasks.results import Classification, Ranked, Score, TokenLogProbs
+from asyncep.tasks.scoring import offsets_of
+from asyncep.tasks.task import Task, TaskOptions
+from asyncep.tasks.template import Template
 
 RERANK_TEMPLATE = "Query: {query}\n\nDocument: {document}\n\nIs the document relevant to the query, yes or no?\nAnswer:"
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from array import array
     from collections.abc import Generator, Sequence
 
+    from asyncep.sim.workloads import TimedPrompt
     from asyncep_router.cost import ModelCost
-    from asyncep_router.workloads import TimedPrompt
 
 
 class Placer(Protocol):

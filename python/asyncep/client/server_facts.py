@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asyncep.batching.errors import RejectedError, ServerError
-from asyncep.batching.generate import ServerApi
-from asyncep.batching.plan import Cost, TokenCost
+from asyncep.client.errors import RejectedError, ServerError
+from asyncep.client.generate import ServerApi
+from asyncep.client.plan import Cost, TokenCost
 from asyncep_router.cost import ModelCost
 from asyncep_router.errors import ConfigError, UnsupportedModelError
 

@@ -14,10 +14,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from asyncep.batching.address import server_url
-from asyncep.batching.errors import OptionError, RejectedError, ServerError
-from asyncep.classify.rows import InputError, RowSource
-from asyncep.classify.template import DEFAULT, Template, TemplateError, read_examples, read_text
+from asyncep.client.address import server_url
+from asyncep.client.errors import OptionError, RejectedError, ServerError
 from asyncep.cluster.ray_nodes import open_ray_session
 from asyncep.jobs.journal import JobError
 from asyncep.jobs.outputs import output_format
@@ -26,8 +24,10 @@ from asyncep.jobs.progress import ProgressBar
 from asyncep.jobs.report import figures_of, text_report
 from asyncep.jobs.run import JobResult, JobSpec, run_job
 from asyncep.local_server import StartError, local_server
-from asyncep.runtime.session import Session, open_session
-from asyncep.runtime.task import TaskOptions
+from asyncep.tasks.rows import InputError, RowSource
+from asyncep.tasks.session import Session, open_session
+from asyncep.tasks.task import TaskOptions
+from asyncep.tasks.template import DEFAULT, Template, TemplateError, read_examples, read_text
 from asyncep_router.errors import ConfigError
 from asyncep_router.keys import key_from
 

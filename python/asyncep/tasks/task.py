@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from asyncep.batching.errors import OptionError
-from asyncep.batching.labels import LabelScores, LabelSet, Length
-from asyncep.classify.scoring import decide
-from asyncep.classify.template import DEFAULT, Template
-from asyncep.runtime.results import Classification
+from asyncep.client.errors import OptionError
+from asyncep.client.labels import LabelScores, LabelSet, Length
+from asyncep.tasks.results import Classification
+from asyncep.tasks.scoring import decide
+from asyncep.tasks.template import DEFAULT, Template
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from asyncep.classify.records import CsvTable, InputError, JsonLines, ParquetTable, Raw, Records
+from asyncep.tasks.records import CsvTable, InputError, JsonLines, ParquetTable, Raw, Records
 
 __all__ = ["KINDS", "InputError", "Row", "RowSource"]
 

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import aiohttp
 import orjson
 
-from asyncep.batching.address import lasting_socket, server_url
-from asyncep.batching.errors import RejectedError, ServerError
-from asyncep.batching.probes import Probe, Reading
+from asyncep.client.address import lasting_socket, server_url
+from asyncep.client.errors import RejectedError, ServerError
+from asyncep.client.probes import Probe, Reading
 
 _RETRIES = 5
 _FIRST_WAIT_SECONDS = 0.25

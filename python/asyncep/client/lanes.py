@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Generic, TypeVar
 
-from asyncep.batching.errors import NOT_THE_PROMPTS, RejectedError
-from asyncep.batching.plan import Batch, Plan
+from asyncep.client.errors import NOT_THE_PROMPTS, RejectedError
+from asyncep.client.plan import Batch, Plan
 
 T = TypeVar("T")
 Prompts = Sequence[Sequence[int]]

@@ -9,8 +9,8 @@ from typing import Protocol
 
 from tokenizers import Tokenizer
 
-from asyncep.batching.errors import NOT_THE_PROMPTS, OptionError, RejectedError
-from asyncep.batching.generate import ServerApi
+from asyncep.client.errors import NOT_THE_PROMPTS, OptionError, RejectedError
+from asyncep.client.generate import ServerApi
 
 # Between them: bytes outside ASCII, runs of spaces, line breaks, digits, and an empty text, which shows what is added.
 _TRIALS = ("A first line.\n\n  Second: 12345 naïve 日本語 🙂\tend", " label", "x\n", "")

@@ -10,14 +10,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from asyncep.sim.router import lower_bound_flops
 from asyncep_router.block_chain import block_chain
-from asyncep_router.simulate import lower_bound_flops
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
+    from asyncep.sim.workloads import TimedPrompt
     from asyncep_router.cost import ModelCost
-    from asyncep_router.workloads import TimedPrompt
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from asyncep.commands.demo_model import build_with_progress
 from asyncep.demo.build import read_report
-from asyncep.demo.model_command import build_with_progress
 from asyncep.demo.news import TOPICS, Article, sample_articles
 from asyncep.jobs.progress import ProgressBar
 from asyncep.jobs.report import figures_of

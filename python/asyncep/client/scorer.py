@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from asyncep.batching.labels import LabelScores, LabelSet
-from asyncep.batching.lanes import Lanes, OnBatch
-from asyncep.batching.plan import Plan, Shape, plan
-from asyncep.batching.probes import Answerer
-from asyncep.batching.server_facts import ServerFacts
-from asyncep.batching.tokens import Untokenized
+from asyncep.client.labels import LabelScores, LabelSet
+from asyncep.client.lanes import Lanes, OnBatch
+from asyncep.client.plan import Plan, Shape, plan
+from asyncep.client.probes import Answerer
+from asyncep.client.server_facts import ServerFacts
+from asyncep.client.tokens import Untokenized
 
 # A call of so many prompts at most is taken for somebody's who waits: it goes with the server's other requests. A
 # larger one is work like a batch's and waits for them.
