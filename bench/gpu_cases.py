@@ -85,7 +85,7 @@ def run(work: Case, config: MoeConfig | None = None) -> torch.Tensor:
 def expected(work: Case) -> torch.Tensor:
     """The output in fp32 by torch's own operators, expert by expert: the reference's meaning at full size.
 
-    `test/test_gpu_check.py` holds it against `asyncep_kernels.moe.reference`.
+    `test/bench/test_gpu_check.py` holds it against `asyncep_kernels.moe.reference`.
     """
     form = work.scheme.weights if work.scheme.activations else Format.PLAIN
     w13, w2 = work.experts.entries()

@@ -32,7 +32,7 @@ import psutil
 import uvloop
 from records import Claim, write
 
-NULL_WORKER = Path(__file__).parents[1] / "test" / "router_http" / "null_worker.py"
+NULL_WORKER = Path(__file__).parents[1] / "test" / "asyncep_router" / "router_http" / "null_worker.py"
 START_SECONDS = 60
 SEED = 0
 OURS = "asyncep_router asyncep"

@@ -11,8 +11,8 @@ A layer without gathered experts takes no slot: its seconds belong to the next l
 
 For n equal layers the recurrence has a closed form. It is a longest path, its cycles weigh a + m (stay on the compute
 chain), g (stay on the gather chain) and (g + m) / depth (change over and back); for depth >= 2 the last never exceeds
-the larger of the first two, so a longest path changes chain at most once each way, at an end of the run. `test/sim`
-holds it against the recurrence and against a simulation event by event.
+the larger of the first two, so a longest path changes chain at most once each way, at an end of the run.
+`test/asyncep/sim` holds it against the recurrence and against a simulation event by event.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A multiply-add counts as two FLOPs; only matrix products count (norms, activations, softmax and rotary
 embeddings are below 1 % at every size served). Sources: the operators of the models themselves;
-`test/router/test_cost_counter.py` holds every family against torch's FLOP counter.
+`test/asyncep_router/test_cost_counter.py` holds every family against torch's FLOP counter.
 
 With h the hidden size, per token and layer:
 

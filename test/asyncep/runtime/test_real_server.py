@@ -35,7 +35,7 @@ from asyncep_sgl.process.ports import free_port
 
 pytestmark = pytest.mark.server
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 # The bf16 weights are exact in fp32; served and reference differ by the order of their sums.
 TOLERANCE = 1e-3
 CHAT = (

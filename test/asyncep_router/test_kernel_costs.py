@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_cost import DEEPSEEK_V3, GPT_OSS_20B, QWEN3_30B, QWEN3_235B
+from model_configs import DEEPSEEK_V3, GPT_OSS_20B, QWEN3_30B, QWEN3_235B
 
 from asyncep_router.cost import ModelCost, read_shape
 from asyncep_router.cost.devices import A100, DEVICES, H100, Device, Number

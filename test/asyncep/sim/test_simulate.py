@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from test_cost import QWEN3_235B
+from model_configs import QWEN3_235B
 
 from asyncep.sim.router import RankModel, Result, lower_bound_flops, shared_once, simulate
 from asyncep.sim.workloads import TimedPrompt, conversations, few_shot_mix, long_inputs

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from asyncep_sgl.front.endpoints import ENDPOINTS
 
-PAGE = Path(__file__).parents[2] / "docs" / "security.md"
+PAGE = Path(__file__).parents[3] / "docs" / "security.md"
 
 
 def rows() -> dict[str, str]:

@@ -24,7 +24,7 @@ sys.modules["marker_of_the_parent"] = types.ModuleType("marker_of_the_parent")
 
 def run(script: str) -> Any:
     """What ``script`` printed as JSON, in a process that has one thread."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "support")}
     done = subprocess.run(
         [sys.executable, "-c", START + script], env=environment, capture_output=True, text=True, timeout=60, check=False
     )
@@ -224,7 +224,7 @@ except EOFError:
 
 
 def test_what_a_template_forked_ends_with_its_owner() -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "support")}
     script = (
         START
         + """
@@ -276,7 +276,7 @@ print(json.dumps([first, os.path.exists(f"/proc/{orphan}")]))
 
 
 def test_children_that_wait_end_with_their_parent() -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "support")}
     script = START + "fork_ahead(3)\nprint(*[c.pid for c in _waiting], flush=True)\ntime.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None

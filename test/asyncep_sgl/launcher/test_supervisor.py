@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-SCRIPT = Path(__file__).with_name("supervised.py")
+SCRIPT = Path(__file__).parents[2] / "support" / "supervised.py"
 # Ample: nothing here computes.
 PATIENCE = 60.0
 ROLES = ("front", "controller", "detokenizer", "exporter")
