@@ -24,7 +24,8 @@ from asyncep.client.plan import TokenCost
 from asyncep.client.probes import Probe, Reading
 from asyncep.client.server_facts import ServerFacts
 from asyncep.client.tokens import LocalTokens
-from asyncep.jobs.run import JobSpec, Progress, run_job
+from asyncep.jobs.run import run_job
+from asyncep.jobs.spec import JobSpec, Progress
 from asyncep.tasks.rows import RowSource
 from asyncep.tasks.session import open_session, session_with
 from asyncep.tasks.task import TaskOptions

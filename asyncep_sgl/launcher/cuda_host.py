@@ -60,7 +60,7 @@ def visible(found: list[Gpu], chosen: str | None) -> list[Gpu]:
 
 
 def installed(gpu: Gpu) -> CudaHost:
-    """What `attention.cuda_choice` asks about."""
+    """What `cuda_attention` asks about."""
     return CudaHost(
         gpu.capability,
         flashinfer=importlib.util.find_spec("flashinfer") is not None,

@@ -22,7 +22,8 @@ from asyncep.jobs.outputs import output_format
 from asyncep.jobs.peak import measure_peak
 from asyncep.jobs.progress import ProgressBar
 from asyncep.jobs.report import figures_of, text_report
-from asyncep.jobs.run import JobResult, JobSpec, run_job
+from asyncep.jobs.run import run_job
+from asyncep.jobs.spec import JobResult, JobSpec
 from asyncep.local_server import StartError, local_server
 from asyncep.tasks.rows import InputError, RowSource
 from asyncep.tasks.session import Session, open_session

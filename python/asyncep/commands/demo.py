@@ -18,7 +18,7 @@ from asyncep.demo.build import read_report
 from asyncep.demo.news import TOPICS, Article, sample_articles
 from asyncep.jobs.progress import ProgressBar
 from asyncep.jobs.report import figures_of
-from asyncep.jobs.run import JobResult
+from asyncep.jobs.spec import JobResult
 from asyncep.runtime.runtime import Runtime
 from asyncep_router.keys import key_from
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from asyncep.jobs.run import Progress
+from asyncep.jobs.spec import Progress
 
 
 class ProgressBar:

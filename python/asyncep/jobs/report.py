@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from asyncep.jobs.run import JobResult
+from asyncep.jobs.spec import JobResult
 from asyncep.own_files import new_file
 from asyncep.tasks.summary import BINS, Summary
 

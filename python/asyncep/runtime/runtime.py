@@ -13,7 +13,8 @@ from asyncep.client.address import server_url
 from asyncep.client.errors import OptionError
 from asyncep.client.scorer import Totals
 from asyncep.client.tokens import Untokenized
-from asyncep.jobs.run import JobResult, JobSpec, OnProgress, run_job
+from asyncep.jobs.run import OnProgress, run_job
+from asyncep.jobs.spec import JobResult, JobSpec
 from asyncep.local_server import local_server
 from asyncep.runtime.loop import LoopThread
 from asyncep.runtime.windows import WINDOW, in_order, windows

@@ -19,7 +19,8 @@ from toy_model import ByteTokens, ToyServer, toy_facts
 from asyncep.jobs.journal import JobError, digest_of, open_journal
 from asyncep.jobs.peak import measure_peak
 from asyncep.jobs.report import figures_of, text_report, write_html
-from asyncep.jobs.run import JobResult, JobSpec, Progress, run_job
+from asyncep.jobs.run import run_job
+from asyncep.jobs.spec import JobResult, JobSpec, Progress
 from asyncep.tasks.rows import InputError, RowSource
 from asyncep.tasks.session import session_with
 from asyncep.tasks.task import TaskOptions

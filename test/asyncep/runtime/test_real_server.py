@@ -29,7 +29,7 @@ from asyncep.client.errors import OptionError
 from asyncep.client.generate import Behind
 from asyncep.client.scorer import INTERACTIVE_PROMPTS
 from asyncep.client.tokens import LocalTokens, ServerTokens
-from asyncep.jobs.run import Progress
+from asyncep.jobs.spec import Progress
 from asyncep.runtime import runtime as runtime_module
 from asyncep_sgl.process.ports import free_port
 
