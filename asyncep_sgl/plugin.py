@@ -58,7 +58,7 @@ def seams_of(config: AsyncEPConfig) -> tuple[Seam, ...]:
     """Those of one run, the plain-CPU platform's own aside."""
     router = (router_seam(),) if config.router is not None else ()
     if config.transport != "host":
-        return (*SEAMS, *router, *CUDA_SEAMS, *(CUDA_KERNEL_SEAMS if config.kernels == "ours" else ()))
+        return (*SEAMS, *router, *CUDA_SEAMS, *(CUDA_KERNEL_SEAMS if config.settings.kernels == "ours" else ()))
     return (*SEAMS, *router, *(KERNEL_SEAMS if our_kernels(config) else ()))
 
 

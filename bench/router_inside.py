@@ -34,6 +34,7 @@ from models import QWEN3_TINY, random_qwen3
 from records import Claim, write
 
 from asyncep_sgl.config.run import AsyncEPConfig, RouterConfig
+from asyncep_sgl.config.settings import RunSettings
 from asyncep_sgl.experts.store.server import StoreServer
 from asyncep_sgl.launcher.command_line import parse, sglang_arguments
 from asyncep_sgl.router.state import router_state
@@ -167,10 +168,8 @@ def measure(options: argparse.Namespace, directory: str) -> dict[str, Any]:
             router=RouterConfig(
                 report_address=f"{server.address}-reports",
                 state_address=f"{server.address}-router",
-                threshold_tokens=THRESHOLD_TOKENS,
-                max_wait_seconds=0.0,
-                log_decisions=False,
             ),
+            settings=RunSettings(threshold_tokens=THRESHOLD_TOKENS),
         )
         Path(config.load_board).write_bytes(bytes(4096))
         os.environ.update(config.to_environment())

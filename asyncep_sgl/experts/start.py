@@ -79,7 +79,7 @@ def start_gather(
             ViewClient(group.exporter_address),
             node=group.node,
             nodes=group.nodes,
-            verify=group.verify,
+            verify=group.verify == "every",
         )
     gather = ExpertGather(layers, source, group.depth, device or "cpu")
     # The first connects, and warms caches.

@@ -24,7 +24,7 @@ def _bounds(vocabulary: int, context: int, config: AsyncEPConfig) -> Bounds:
         max_prompt_chars=config.front.prompt_chars(context),
         max_samples=config.front.max_samples,
         max_values=config.front.max_logprobs,
-        decodes=config.decode == "allow",
+        decodes=config.settings.decode == "allow",
     )
 
 

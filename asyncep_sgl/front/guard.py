@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from asyncep_router.keys import Keys
-from asyncep_sgl.config.front import FrontOptions
+from asyncep_sgl.config.front import FrontSettings
 from asyncep_sgl.errors import SeamError
 from asyncep_sgl.front.access import AccessGate, Policy, is_local
 from asyncep_sgl.front.asgi import error_body
@@ -44,7 +44,7 @@ _ONE_PROMPT = frozenset(
 )
 
 
-def guard(app: FastAPI, options: FrontOptions, policy: Policy, *, context: int) -> None:
+def guard(app: FastAPI, options: FrontSettings, policy: Policy, *, context: int) -> None:
     """Adds the gates to an application, after all other middleware: they stand outermost.
 
     Args:

@@ -66,7 +66,7 @@ def _before_validate(manager: Any, obj: Any, input_ids: list[int] | None) -> Non
     check_prompt(input_ids, manager.model_config.vocab_size)
     count_answer(obj, len(input_ids or ()), config)
     sampling = getattr(obj, "sampling_params", None)
-    if config.decode == "refuse" and hasattr(obj, "return_logprob"):
+    if config.settings.decode == "refuse" and hasattr(obj, "return_logprob"):
         check_prefill_only(sampling or {})
 
 
@@ -138,7 +138,7 @@ def _before_detokenizer(*_: Any, **__: Any) -> None:
 
 
 def _before_detokenizing(_manager: Any) -> None:
-    if "rare-collections" not in active_config().without:
+    if "rare-collections" not in active_config().settings.without:
         settle()
 
 

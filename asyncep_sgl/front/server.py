@@ -96,7 +96,7 @@ def _serve(arguments: list[str], config: AsyncEPConfig, door: Door) -> None:
 
     leave_garbage_to_us()
     assert_active()
-    if config.cpus and "fork-ahead" not in config.without:
+    if config.cpus and "fork-ahead" not in config.settings.without:
         fork_processes_ahead()
     address, strategy = config.store_address, registry.of(config)
     say_hello(address, "front")
@@ -134,13 +134,13 @@ def _serve(arguments: list[str], config: AsyncEPConfig, door: Door) -> None:
     )
     for gate, arguments_of_gate in strategy.gates():
         app.add_middleware(gate, **arguments_of_gate)
-    policy = Policy(read_keys(config.keys), config.decode == "allow")
+    policy = Policy(read_keys(config.keys), config.settings.decode == "allow")
     batches = BatchApi(
         app,
-        Path(config.batch_folder),
+        Path(config.batches.folder),
         server_args.model_path,
         most=config.ranks * (_BATCH_REQUESTS_ROUTED if config.router is not None else _BATCH_REQUESTS),
-        bounds=Bounds(config.file_bytes, config.file_days, config.disk_floor),
+        bounds=Bounds(config.batches.file_bytes, config.batches.file_days, config.batches.disk_floor),
         keys=policy.keys,
     )
 
@@ -168,7 +168,7 @@ def _serve(arguments: list[str], config: AsyncEPConfig, door: Door) -> None:
     def serving() -> None:
         door.wait()
         strategy.first_work(FrontPlace(url, policy.internal, model, context, store_status))
-        if "rare-collections" not in config.without:
+        if "rare-collections" not in config.settings.without:
             settle()
         # Ranks keep theirs (`host.COMPUTING`). They are there by now, and others are forked from a template.
         return_memory()

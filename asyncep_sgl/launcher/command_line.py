@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Sequence
-from typing import get_args
 
 from asyncep_router.errors import ConfigError
 from asyncep_router.keys import Keys, key_from
-from asyncep_sgl.config import front as front_options
-from asyncep_sgl.config.options import Decode, Kernels, ServeOptions, Transport
-from asyncep_sgl.config.run import Saving
+from asyncep_sgl.config.flags import add_flags, declared, given_flags, read_flags
+from asyncep_sgl.config.front import FrontSettings
+from asyncep_sgl.config.options import ServeOptions
+from asyncep_sgl.config.settings import BatchSettings, GroupSettings, RouterSettings, RunSettings
 from asyncep_sgl.errors import UsageError
 from asyncep_sgl.process.key_memory import ADMIN_KEY_VARIABLE, KEY_VARIABLE
 
@@ -30,6 +30,19 @@ examples:
 endpoints: /generate (max_new_tokens=0, token_ids_logprob), /v1/score, /v1/completions (echo), /v1/batches,
 /asyncep/status and SGLang's others.
 """
+
+
+_GROUPS: tuple[tuple[str, str, type], ...] = (
+    ("asyncep", "how the server computes and ends", RunSettings),
+    ("router", "the router inside the server", RouterSettings),
+    (
+        "experts that do not fit, or that several hosts share",
+        "several hosts: run the same command on each, with its own --node-rank",
+        GroupSettings,
+    ),
+    ("files and batches", "/v1/files and /v1/batches", BatchSettings),
+    ("what clients may ask", "bounds that are checked before any work is done", FrontSettings),
+)
 
 
 def parse(arguments: Sequence[str]) -> ServeOptions:
@@ -65,74 +78,8 @@ def parse(arguments: Sequence[str]) -> ServeOptions:
     parser.add_argument("--dtype", default="auto", help="bfloat16 or float32 (default: the checkpoint's)")
     parser.add_argument("--revision", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--device", default=None, help="cpu, cuda … (default: what is found)")
-    group = parser.add_argument_group("asyncep")
-    group.add_argument(
-        "--asyncep-store-limit",
-        type=parse_size,
-        metavar="SIZE",
-        help="most memory the shared experts may take, such as 64GiB (default: what is free)",
-    )
-    group.add_argument(
-        "--asyncep-expert-memory",
-        type=parse_size,
-        metavar="SIZE",
-        help="keep so much of the experts in memory and read the other layers from the checkpoint for each batch, "
-        "ahead of the computation; for models larger than memory; on GPUs: so much on each GPU, the other layers in "
-        "pinned host memory (default: keep all)",
-    )
-    group.add_argument(
-        "--asyncep-kv-free",
-        action="store_true",
-        help="keep no prefix from one batch to the next and memory for the keys and values of one batch only; for work "
-        "whose prompts have nothing in common",
-    )
-    group.add_argument(
-        "--asyncep-decode",
-        choices=get_args(Decode),
-        default="refuse",
-        help="requests that would decode: refuse answers 400, allow serves them as SGLang does (default refuse)",
-    )
-    group.add_argument(
-        "--asyncep-kernels",
-        choices=get_args(Kernels),
-        default="ours",
-        help="experts and attention on a CPU: ours are faster, sglang's give the bits of stock SGLang (default ours)",
-    )
-    group.add_argument(
-        "--asyncep-transport",
-        choices=get_args(Transport),
-        default="auto",
-        help="on GPUs: cuda keeps a part of the experts in each GPU and gathers from the others, pinned keeps them in "
-        "host memory (default auto: cuda where they fit); has not run on a GPU yet",
-    )
-    group.add_argument(
-        "--asyncep-strategy",
-        metavar="NAME",
-        help="how experts and tokens come together: replicated (this host's memory has all experts), asyncep (each "
-        "host or GPU keeps a part and gathers the rest ahead of the computation), or MODULE:CLASS of your own "
-        "(docs/strategies.md). Default: asyncep where other flags divide the experts, else replicated",
-    )
-    group.add_argument(
-        "--asyncep-threshold-tokens",
-        type=int,
-        default=2048,
-        metavar="N",
-        help="tokens whose FLOPs make a batch that computes well: a rank is given two of it at a time, and T, which is "
-        "measured where weights are gathered, is at least that (default 2048)",
-    )
-    group.add_argument(
-        "--asyncep-max-wait-ms",
-        type=float,
-        default=0.0,
-        metavar="MS",
-        help="how long little work may wait for company while ranks are idle (default 0)",
-    )
-    group.add_argument(
-        "--asyncep-batch-dir",
-        default=None,
-        metavar="DIR",
-        help="where /v1/files and /v1/batches keep their state (default $XDG_STATE_HOME/asyncep/batches/PORT)",
-    )
+    for title, description, settings in _GROUPS[:-1]:
+        add_flags(parser.add_argument_group(title, description), settings)
     access = parser.add_argument_group("keys", "KEY may be @FILE, whose first line is the key; docs/security.md")
     access.add_argument(
         "--api-key", metavar="KEY", help="key that clients send (default: $ASYNCEP_API_KEY; without, none is asked for)"
@@ -145,106 +92,10 @@ def parse(arguments: Sequence[str]) -> ServeOptions:
         metavar="FILE",
         help="keys of several clients, a line each: NAME KEY [admin] [prompts_per_second=N] [file_bytes=SIZE]",
     )
-    front_options.add_flags(parser, parse_size)
-    group.add_argument(
-        "--asyncep-file-quota",
-        type=parse_size,
-        default=20 * 10**9,
-        metavar="SIZE",
-        help="most bytes of all files in /v1/files together; a caller of --api-key-file may have less (default 20GB)",
-    )
-    group.add_argument(
-        "--asyncep-file-days",
-        type=int,
-        default=30,
-        metavar="N",
-        help="days after which files and ended batches are forgotten; 0 keeps them (default 30)",
-    )
-    group.add_argument(
-        "--asyncep-disk-floor",
-        type=parse_size,
-        metavar="SIZE",
-        help="space on the disk of --asyncep-batch-dir that files and batches leave free (default 1GB, or a twentieth "
-        "of a smaller disk)",
-    )
-    hosts = parser.add_argument_group("several hosts", "run the same command on each, with its own --node-rank")
-    hosts.add_argument("--nnodes", type=int, default=1, metavar="N", help="hosts that share the experts (default 1)")
-    hosts.add_argument("--node-rank", type=int, default=0, metavar="I", help="which of them this is, from 0")
-    hosts.add_argument(
-        "--dist-init-addr",
-        default="",
-        metavar="HOST:PORT",
-        help="address of node 0 that every host can reach; hosts may start in any order",
-    )
-    hosts.add_argument(
-        "--asyncep-copies",
-        type=int,
-        default=1,
-        metavar="N",
-        help="hosts that keep each expert; with 2 or more a host may be lost without a pause (default 1)",
-    )
-    hosts.add_argument(
-        "--asyncep-resident-layers",
-        type=int,
-        default=1,
-        metavar="N",
-        help="MoE layers, from the first, that every host keeps whole (default 1)",
-    )
-    hosts.add_argument(
-        "--asyncep-resident-experts",
-        type=int,
-        default=0,
-        metavar="N",
-        help="experts of every other layer that each host keeps beyond its share, or beside --asyncep-expert-memory: "
-        "so many less to gather (default 0)",
-    )
-    hosts.add_argument(
-        "--asyncep-gather-depth",
-        type=int,
-        default=None,
-        metavar="N",
-        help="slots of gathered layers in each rank; 1 overlaps with attention only (default 2; 4 from pinned memory)",
-    )
-    hosts.add_argument(
-        "--asyncep-margin",
-        type=float,
-        default=1.2,
-        metavar="GAMMA",
-        help="T is the FLOPs that just hide a gather, times this; below 1 ranks wait for gathers (default 1.2)",
-    )
-    hosts.add_argument(
-        "--asyncep-verify",
-        choices=("every", "off"),
-        default="every",
-        help="compare every gathered expert with its owner's digest, or trust the link (default every)",
-    )
-    hosts.add_argument(
-        "--asyncep-patience-secs",
-        type=float,
-        default=30.0,
-        metavar="S",
-        help="how long requests wait for a host that went away before they get a 503 (default 30)",
-    )
-    hosts.add_argument("--asyncep-log-gathers", action="store_true", help="log each batch's gathers as a JSON line")
-    group.add_argument(
-        "--asyncep-without",
-        type=parse_savings,
-        default=(),
-        metavar="NAMES",
-        help=f"savings of processor time to leave out, to measure what they are worth: {', '.join(get_args(Saving))}, "
-        "with commas between, or all (docs/cpu.md)",
-    )
-    group.add_argument("--asyncep-log-decisions", action="store_true", help="log each routing decision as a JSON line")
-    group.add_argument(
-        "--shutdown-grace-period-secs",
-        type=float,
-        default=10.0,
-        metavar="S",
-        help="on Ctrl-C or SIGTERM, time for requests in flight; a second signal ends at once (default 10)",
-    )
+    title, description, settings = _GROUPS[-1]
+    add_flags(parser.add_argument_group(title, description), settings)
     known, passed = parser.parse_known_args(list(arguments))
-    _refuse_unservable(known)
-    return ServeOptions(
+    options = ServeOptions(
         model=known.model_path,
         ranks=known.dp_size,
         host=known.host,
@@ -252,37 +103,17 @@ def parse(arguments: Sequence[str]) -> ServeOptions:
         dtype=known.dtype,
         revision=known.revision,
         device=known.device,
-        store_limit=known.asyncep_store_limit,
-        expert_memory=known.asyncep_expert_memory,
-        threshold_tokens=known.asyncep_threshold_tokens,
-        max_wait_seconds=known.asyncep_max_wait_ms / 1000,
-        log_decisions=known.asyncep_log_decisions,
-        grace_seconds=known.shutdown_grace_period_secs,
-        decode=known.asyncep_decode,
-        kernels=known.asyncep_kernels,
-        transport=known.asyncep_transport,
-        strategy=known.asyncep_strategy,
-        nodes=known.nnodes,
-        node=known.node_rank,
-        rendezvous=known.dist_init_addr,
-        copies=known.asyncep_copies,
-        resident_layers=known.asyncep_resident_layers,
-        resident_experts=known.asyncep_resident_experts,
-        gather_depth=known.asyncep_gather_depth,
-        margin=known.asyncep_margin,
-        verify=known.asyncep_verify == "every",
-        patience_seconds=known.asyncep_patience_secs,
-        kv_free=known.asyncep_kv_free,
-        log_gathers=known.asyncep_log_gathers,
-        without=known.asyncep_without,
-        batch_folder=known.asyncep_batch_dir,
+        run=read_flags(known, RunSettings),
+        router=read_flags(known, RouterSettings),
+        group=read_flags(known, GroupSettings),
+        batches=read_flags(known, BatchSettings),
+        front=read_flags(known, FrontSettings),
         keys=_keys(known),
-        front=front_options.read_flags(known),
-        file_bytes=known.asyncep_file_quota,
-        file_days=known.asyncep_file_days,
-        disk_floor=known.asyncep_disk_floor,
+        given=frozenset().union(*(given_flags(known, settings) for _, _, settings in _GROUPS)),
         passed=tuple(passed),
     )
+    _refuse_unservable(known, options)
+    return options
 
 
 def _keys(known: argparse.Namespace) -> Keys:
@@ -296,9 +127,9 @@ def _keys(known: argparse.Namespace) -> Keys:
         raise UsageError(str(error)) from error
 
 
-def _refuse_unservable(known: argparse.Namespace) -> None:
-    if known.dp_size < 1:
-        raise UsageError(f"--dp-size {known.dp_size}: at least one rank is needed")
+def _refuse_unservable(known: argparse.Namespace, options: ServeOptions) -> None:
+    if options.ranks < 1:
+        raise UsageError(f"--dp-size {options.ranks}: at least one rank is needed")
     for flag, value in (
         ("--tp-size", known.tp_size),
         ("--ep-size", known.ep_size),
@@ -308,82 +139,44 @@ def _refuse_unservable(known: argparse.Namespace) -> None:
             raise UsageError(
                 f"{flag} {value}: ranks here are independent and whole; use {flag} 1 and --dp-size {value} instead"
             )
-    if known.asyncep_kv_free and known.asyncep_decode == "allow":
+    if options.run.kv_free and options.run.decode == "allow":
         raise UsageError("--asyncep-kv-free: decoding needs the keys and values of earlier steps; leave one flag out")
-    _refuse_impossible_group(known)
+    _refuse_impossible_group(options.group)
+    _refuse_without_router(options)
     if known.quantization is not None:
         raise UsageError(
             f"--quantization {known.quantization}: this version shares bf16 and fp32 experts; leave the flag out"
         )
-    if known.dtype not in ("auto", "bfloat16", "float32", "float"):
-        raise UsageError(f"--dtype {known.dtype}: use bfloat16 or float32")
-    if known.asyncep_threshold_tokens < 1 or known.asyncep_max_wait_ms < 0:
-        raise UsageError("--asyncep-threshold-tokens must be at least 1 and --asyncep-max-wait-ms at least 0")
-    if known.asyncep_file_quota < 0 or not 0 <= known.asyncep_file_days <= 36500:
-        raise UsageError("--asyncep-file-quota must be at least 0 and --asyncep-file-days 0 to 36500")
-    if known.asyncep_disk_floor is not None and known.asyncep_disk_floor < 0:
-        raise UsageError(f"--asyncep-disk-floor {known.asyncep_disk_floor}: use 0 or more")
-    if not 0 < known.port < 65536:
-        raise UsageError(f"--port {known.port}: use 1 to 65535")
+    if options.dtype not in ("auto", "bfloat16", "float32", "float"):
+        raise UsageError(f"--dtype {options.dtype}: use bfloat16 or float32")
+    if not 0 < options.port < 65536:
+        raise UsageError(f"--port {options.port}: use 1 to 65535")
 
 
-def _refuse_impossible_group(known: argparse.Namespace) -> None:
-    nodes = known.nnodes
-    if nodes < 1 or not 0 <= known.node_rank < nodes:
-        raise UsageError(f"--node-rank {known.node_rank}: use 0 to {max(nodes, 1) - 1} with --nnodes {nodes}")
-    if not 1 <= known.asyncep_copies <= nodes:
-        raise UsageError(f"--asyncep-copies {known.asyncep_copies}: use 1 to {nodes}, the number of hosts (--nnodes)")
-    if known.asyncep_resident_experts < 0:
-        raise UsageError(f"--asyncep-resident-experts {known.asyncep_resident_experts}: use 0 or more")
-    depth = known.asyncep_gather_depth
-    if (depth is not None and depth < 1) or known.asyncep_resident_layers < 0 or known.asyncep_margin <= 0:
-        raise UsageError(
-            "--asyncep-gather-depth at least 1, --asyncep-resident-layers at least 0 and --asyncep-margin above 0 are "
-            "needed"
-        )
+def _refuse_impossible_group(group: GroupSettings) -> None:
+    nodes = group.nodes
+    if not 0 <= group.node < nodes:
+        raise UsageError(f"--node-rank {group.node}: use 0 to {nodes - 1} with --nnodes {nodes}")
+    if group.copies > nodes:
+        raise UsageError(f"--asyncep-copies {group.copies}: use 1 to {nodes}, the number of hosts (--nnodes)")
     if nodes == 1:
         return
-    if known.asyncep_expert_memory is not None:
-        raise UsageError("--asyncep-expert-memory: on one host only; several hosts (--nnodes) divide the experts")
-    host, _, port = known.dist_init_addr.rpartition(":")
+    host, _, port = group.rendezvous.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise UsageError(
-            f"--dist-init-addr {known.dist_init_addr!r}: with --nnodes {nodes} give node 0's address as HOST:PORT"
+            f"--dist-init-addr {group.rendezvous!r}: with --nnodes {nodes} give node 0's address as HOST:PORT"
         )
 
 
-def parse_savings(text: str) -> tuple[Saving, ...]:
-    """The savings of a list such as ``direct-replies,batch-tokenization``, or of ``all``.
-
-    Raises:
-        argparse.ArgumentTypeError: there is no such saving.
-    """
-    known: tuple[Saving, ...] = get_args(Saving)
-    names = known if text == "all" else tuple(name.strip() for name in text.split(","))
-    for name in names:
-        if name not in known:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}, all")
-    return tuple(saving for saving in known if saving in names)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as ``64GiB``, ``500MB`` or ``1048576``.
-
-    Raises:
-        argparse.ArgumentTypeError: not a size.
-    """
-    units = {"": 1, "b": 1}
-    for power, letter in enumerate("kmgt", start=1):
-        units[f"{letter}b"] = units[letter] = 1000**power
-        units[f"{letter}ib"] = 1024**power
-    number = text.strip().rstrip("bBiIkKmMgGtT")
-    unit = text.strip()[len(number) :].lower()
-    try:
-        return int(float(number) * units[unit])
-    except (ValueError, KeyError, OverflowError):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a size; write it as 64GiB, 500MB or a number of bytes"
-        ) from None
+def _refuse_without_router(options: ServeOptions) -> None:
+    if uses_our_router(options):
+        return
+    for _, flag in declared(RouterSettings):
+        if flag.name in options.given:
+            raise UsageError(
+                f"{flag.name}: for the router inside the server, which there is not with --load-balance-method and on "
+                "one rank of several hosts; leave the flag out"
+            )
 
 
 def uses_our_router(options: ServeOptions) -> bool:
@@ -392,7 +185,7 @@ def uses_our_router(options: ServeOptions) -> bool:
     A host with one rank among several has none: all that it could know, the router in front of the hosts does.
     """
     asked = any(flag.startswith("--load-balance-method") for flag in options.passed)
-    return not asked and (options.ranks > 1 or options.nodes == 1)
+    return not asked and (options.ranks > 1 or options.group.nodes == 1)
 
 
 def sglang_arguments(
@@ -436,13 +229,13 @@ def sglang_arguments(
     unless_given("--sleep-on-idle")
     # The stock warm-up decodes eight tokens; a prefill-only server has nothing to warm up for that.
     unless_given("--skip-server-warmup")
-    if "batch-tokenization" not in options.without:
+    if "batch-tokenization" not in options.run.without:
         # Texts of a list go to the tokenizer and on to the router together; SGLang's default is one after the other.
         unless_given("--enable-tokenizer-batch-encode")
-    if "no-access-log" not in options.without:
+    if "no-access-log" not in options.run.without:
         # A line a request is a tenth of the front's work; errors are logged as ever.
         unless_given("--log-level-http", "warning")
-    if options.kv_free:
+    if options.run.kv_free:
         unless_given("--disable-radix-cache")
     elif uses_our_router(options):
         # Evictions in a rank have to reach the router; a page is the grain in which they are told.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from asyncep_router.cost import read_shape
@@ -93,19 +93,14 @@ def plan(
     _refuse(options, gpus)
     weights = Weights.of(config, item_bytes)
     memory = int(min(gpu.memory for gpu in gpus[: options.ranks]) * WEIGHTS_SHARE) - weights.others
-    depth = options.gather_depth
+    asked = options.group
+    group = replace(GroupConfig(**vars(asked)), memory_limit=None, resident_layers=0)
     transport, why = _transport(options, weights, memory)
     if transport == "cuda":
-        group = GroupConfig(
-            devices=options.ranks,
-            resident_layers=options.resident_layers if options.ranks > 1 else 0,
-            depth=depth or 2,
-            margin=options.margin,
-            threshold_tokens=options.threshold_tokens,
-            lanes=LANES,
-        )
+        resident = asked.resident_layers if options.ranks > 1 else 0
+        group = replace(group, devices=options.ranks, resident_layers=resident, lanes=LANES)
     else:
-        depth = depth or PINNED_DEPTH
+        depth = asked.depth if "--asyncep-gather-depth" in options.given else PINNED_DEPTH
         # The last layer stays in host memory whatever fits: with nothing there this would be the other transport.
         room = max(0, min(memory - depth * weights.layer, (weights.layers - 1) * weights.layer))
         if memory < weights.layer:
@@ -113,17 +108,14 @@ def plan(
                 f"one layer's experts take {format_bytes(weights.layer)} and a GPU has {format_bytes(max(0, memory))} "
                 "for them; use GPUs with more memory"
             )
-        if options.expert_memory is not None:
-            kept = min(room, options.expert_memory)
+        if asked.memory_limit is not None:
+            kept = min(room, asked.memory_limit)
         else:
-            kept = 0 if options.transport == "pinned" else room
-        group = GroupConfig(
-            memory_limit=kept,
-            depth=min(depth, max(1, memory // weights.layer)),
-            margin=options.margin,
-            threshold_tokens=options.threshold_tokens,
-        )
-    attention = choose(host, needs_of(config), requested=_requested(options.passed))
+            kept = 0 if options.run.transport == "pinned" else room
+        group = replace(group, memory_limit=kept, depth=min(depth, max(1, memory // weights.layer)))
+    # Where batches are cut by FLOPs a long prompt is cut too, and its keys are needed for its next piece.
+    kv_free = options.run.kv_free and not group.divides
+    attention = choose(host, needs_of(config), requested=_requested(options.passed), kv_free=kv_free)
     # The layout of weights that our kernels and the store expect.
     flags = [*attention.flags, "--moe-runner-backend", "triton"]
     if group.divides:
@@ -145,10 +137,10 @@ def _refuse(options: ServeOptions, gpus: Sequence[Gpu]) -> None:
         if gpu.capability < LEAST_CAPABILITY:
             major, minor = gpu.capability
             raise UsageError(f"{gpu.name} has compute capability {major}.{minor}, at least 8.0 is needed; --device cpu")
-    if options.nodes > 1:
+    if options.group.nodes > 1:
         raise UsageError(
-            f"--nnodes {options.nodes}: GPUs of several hosts are not served by this version; start a server on each "
-            "and python -m asyncep_router.launch_router in front of them"
+            f"--nnodes {options.group.nodes}: GPUs of several hosts are not served by this version; start a server on "
+            "each and python -m asyncep_router.launch_router in front of them"
         )
     if options.dtype in ("float32", "float"):
         raise UsageError(f"--dtype {options.dtype}: on GPUs experts are served in bfloat16")
@@ -156,16 +148,17 @@ def _refuse(options: ServeOptions, gpus: Sequence[Gpu]) -> None:
 
 def _transport(options: ServeOptions, weights: Weights, memory: int) -> tuple[Transport, str]:
     ranks = options.ranks
-    slots = (options.gather_depth or 2) * weights.layer if ranks > 1 else 0
+    slots = options.group.depth * weights.layer if ranks > 1 else 0
     # The first layers are whole in every rank; of the others a part each.
-    whole = min(options.resident_layers, weights.layers) if ranks > 1 else weights.layers
+    whole = min(options.group.resident_layers, weights.layers) if ranks > 1 else weights.layers
     needed = whole * weights.layer + (weights.layers - whole) * weights.layer // ranks + slots
     short = f"{format_bytes(needed)} of experts and slots a GPU, {format_bytes(max(0, memory))} there"
-    if options.transport == "pinned" or (options.transport == "auto" and options.expert_memory is not None):
+    asked = options.run.transport
+    if asked == "pinned" or (asked == "auto" and options.group.memory_limit is not None):
         return "pinned", "experts in pinned host memory, as asked for"
     if needed <= memory:
         return "cuda", f"experts in the GPUs' memory ({short})"
-    if options.transport == "cuda":
+    if asked == "cuda":
         raise UsageError(f"--asyncep-transport cuda: {short}; use more ranks (--dp-size) or --asyncep-transport pinned")
     return "pinned", f"experts in pinned host memory ({short})"
 

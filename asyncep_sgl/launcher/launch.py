@@ -8,13 +8,13 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from asyncep_kernels.native import isa
+from asyncep_sgl.config.flags import Mode
 from asyncep_sgl.config.model_support import check_supported, read_config
 from asyncep_sgl.config.options import ServeOptions
 from asyncep_sgl.config.run import AsyncEPConfig, GroupConfig, RouterConfig
@@ -59,11 +59,13 @@ def serve(options: ServeOptions, signals: StopSignals | None = None) -> int:
     cpu = options.device == "cpu" or (options.device is None and activate() is not None)
     if not cpu and options.device not in (None, "cuda"):
         raise UsageError(f"--device {options.device}: served are cuda and cpu")
-    if cpu and options.transport != "auto":
-        raise UsageError(f"--asyncep-transport {options.transport}: for GPUs only; leave the flag out")
+    if cpu:
+        options.refuse_meaningless(_mode_on_cpu(options))
     model_config = read_config(options.model, options.revision)
     check_supported(model_config, device="cpu" if cpu else "cuda")
     cuda = None if cpu else _plan_cuda(options, model_config)
+    if cuda is not None:
+        options.refuse_meaningless(cuda.transport)
     group = _group(options, model_config, cuda)
     registry.find(_strategy(options, group)).refuse(options, group)
     check_batch_folder(options)
@@ -96,18 +98,16 @@ def _prepare(
     cuda: CudaPlan | None,
 ) -> Supervisor:
     on_devices = cuda is not None and cuda.transport == "cuda"
-    store = StoreServer(options.ranks, options.store_limit, devices=on_devices, directory=directory)
+    store = StoreServer(options.ranks, options.run.store_limit, devices=on_devices, directory=directory)
     load_board = OwnedSegment("loads", mmap.PAGESIZE)
     keys = hand_on(options.keys)
     cpus = divide_cpus(options.ranks)
     router = None
     if uses_our_router(options):
         router = RouterConfig(
+            **vars(options.router),
             report_address=f"{store.address}-reports",
             state_address=f"{store.address}-router",
-            threshold_tokens=options.threshold_tokens,
-            max_wait_seconds=options.max_wait_seconds,
-            log_decisions=options.log_decisions,
         )
     config = AsyncEPConfig(
         ranks=options.ranks,
@@ -116,20 +116,14 @@ def _prepare(
         run_directory=str(directory),
         cpus=cpus if cuda is None else (),
         load_board=load_board.path,
+        settings=options.run,
         router=router,
-        group=msgspec.structs.replace(group, exporter_address=f"{store.address}-exporter"),
+        group=replace(group, exporter_address=f"{store.address}-exporter"),
+        batches=replace(options.batches, folder=str(batch_folder(options))),
+        front=options.front,
+        version=package_version("asyncep-sgl"),
         strategy=_strategy(options, group),
         transport="host" if cuda is None else cuda.transport,
-        version=package_version("asyncep-sgl"),
-        log_gathers=options.log_gathers,
-        batch_folder=str(batch_folder(options)),
-        file_bytes=options.file_bytes,
-        file_days=options.file_days,
-        disk_floor=options.disk_floor,
-        decode=options.decode,
-        kernels=options.kernels,
-        without=options.without,
-        front=options.front,
         keys=keys.path,
     )
     strategy = registry.of(config)
@@ -188,7 +182,7 @@ def _prepare(
         store,
         command,
         environment,
-        options.grace_seconds,
+        options.run.grace_seconds,
         report,
         ranks_restart=router is not None,
         side_processes=strategy.side_processes(),
@@ -209,7 +203,7 @@ def _cpu_environment(cpus: Sequence[Sequence[int]]) -> dict[str, str]:
 
 
 def _cpu_kv_tokens(options: ServeOptions, model_config: dict[str, Any]) -> int:
-    if options.kv_free:
+    if options.run.kv_free:
         return one_batch_tokens(model_config, options.passed)
     return kv_tokens(
         model_config,
@@ -225,46 +219,35 @@ def _item_bytes(options: ServeOptions) -> int:
 
 
 def _strategy(options: ServeOptions, group: GroupConfig) -> str:
-    return options.strategy or registry.default(group)
+    return options.run.strategy or registry.default(group)
+
+
+def _mode_on_cpu(options: ServeOptions) -> Mode:
+    if options.group.nodes > 1:
+        return "hosts"
+    return "memory" if options.group.memory_limit is None else "disk"
 
 
 def _group(options: ServeOptions, model_config: dict[str, Any], cuda: CudaPlan | None) -> GroupConfig:
     """Who keeps which experts, and whether anything has to be gathered because of it."""
-    group = _flags_of_group(options) if cuda is None else cuda.group
+    group = _host_group(options) if cuda is None else cuda.group
     transport = "host" if cuda is None else cuda.transport
     layers = moe_layers(model_config, _item_bytes(options))
-    return msgspec.structs.replace(group, gathers=gathers(group, options.ranks, transport, layers))
+    return replace(group, gathers=gathers(group, options.ranks, transport, layers))
 
 
-def _flags_of_group(options: ServeOptions) -> GroupConfig:
-    if options.nodes == 1:
-        return GroupConfig(
-            memory_limit=options.expert_memory,
-            resident_experts=options.resident_experts,
-            depth=options.gather_depth or 2,
-            margin=options.margin,
-            threshold_tokens=options.threshold_tokens,
-        )
-    return GroupConfig(
-        nodes=options.nodes,
-        node=options.node,
-        copies=options.copies,
-        resident_layers=options.resident_layers,
-        resident_experts=options.resident_experts,
-        depth=options.gather_depth or 2,
-        margin=options.margin,
-        verify=options.verify,
-        rendezvous=options.rendezvous,
-        model=checkpoint_fingerprint(options.model, options.revision, options.dtype),
-        threshold_tokens=options.threshold_tokens,
-        patience_seconds=options.patience_seconds,
-    )
+def _host_group(options: ServeOptions) -> GroupConfig:
+    group = GroupConfig(**vars(options.group))
+    if group.nodes == 1:
+        # What memory holds is kept whole, whichever layers those are.
+        return replace(group, resident_layers=0)
+    return replace(group, model=checkpoint_fingerprint(options.model, options.revision, options.dtype))
 
 
 def batch_folder(options: ServeOptions) -> Path:
     """Where the Batch API keeps its state: as told, or by the port, so that a server started again finds it."""
-    if options.batch_folder is not None:
-        return Path(options.batch_folder).expanduser().absolute()
+    if options.batches.folder:
+        return Path(options.batches.folder).expanduser().absolute()
     state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
     return Path(state) / "asyncep" / "batches" / str(options.port)
 
@@ -275,7 +258,7 @@ def check_batch_folder(options: ServeOptions) -> None:
     Raises:
         UsageError: it cannot.
     """
-    if options.batch_folder is None:
+    if not options.batches.folder:
         return
     folder = batch_folder(options)
     try:

@@ -36,7 +36,7 @@ _reporter: RankReporter | None = None
 
 def our_kernels(config: AsyncEPConfig | None) -> bool:
     """Whether this process computes with our kernels for CPUs."""
-    return isinstance(current_platform, AnyCpuPlatform) and config is not None and config.kernels == "ours"
+    return isinstance(current_platform, AnyCpuPlatform) and config is not None and config.settings.kernels == "ours"
 
 
 def _around_scheduler(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
@@ -54,7 +54,7 @@ def _around_scheduler(original: Callable[..., None], *args: Any, **kwargs: Any) 
     experts = join_store(config.transport, rank, config.ranks, config.store_address, config.group)
     cost = ModelCost.from_config(read_config(get_model().model_path, get_model().revision))
     if config.router is not None:
-        RouterEventPublisher.join = "joined-events" not in config.without
+        RouterEventPublisher.join = "joined-events" not in config.settings.without
         _reporter = RouterEventPublisher.reporter = RankReporter(rank, config.router.report_address, cost)
         start_beating(rank, config.router.report_address)
     place = RankPlace(
@@ -86,7 +86,7 @@ def take_operators() -> None:
 
 def _around_event_loop(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     with _failures_reported():
-        if "rare-collections" not in active_config().without:
+        if "rare-collections" not in active_config().settings.without:
             settle()
         if _reporter is None:
             return original(*args, **kwargs)
@@ -194,13 +194,13 @@ def _after_prefill_adder_class(chosen: Any, _scheduler: Any) -> Any:
         adder = adder_class(strategy.place.cost, strategy.batch_flops)
     elif strategy and config.router and config.transport == "host" and ranks_take_orders(get_schedule()):
         # Elsewhere batches are SGLang's, which the router counts in too.
-        adder = bounded(strategy.place.cost, config.router.threshold_tokens)(chosen)
+        adder = bounded(strategy.place.cost, config.settings.threshold_tokens)(chosen)
     return one_kind(adder)
 
 
 def _after_output_streamer_class(chosen: Any, scheduler: Any) -> Any:
     """Replies with nothing to decode skip the detokenizer."""
-    if "direct-replies" in active_config().without:
+    if "direct-replies" in active_config().settings.without:
         return chosen
     # Imported only now: in this process, after the hooks.
     from asyncep_sgl.rank.direct_replies import streamer_class

@@ -96,7 +96,7 @@ class RouterController(RankLife):
         cost = ModelCost.from_config(read_config(get_model().model_path, get_model().revision))
         limits = limits_of(
             cost,
-            tokens=config.router.threshold_tokens,
+            tokens=config.settings.threshold_tokens,
             max_wait=config.router.max_wait_seconds,
             gathers=self.strategy.gathers,
             on_gpu=config.transport != "host",

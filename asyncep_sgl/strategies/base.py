@@ -95,29 +95,29 @@ class Strategy:
             UsageError: it asks for what this strategy does not do; names flag and fix.
         """
         cls._refuse_divided(options, group)
-        if options.kernels != "ours":
+        if options.run.kernels != "ours":
             raise UsageError(
-                f"--asyncep-kernels {options.kernels}: SGLang's operators would not call the strategy "
-                f"{options.strategy}; leave the flag out"
+                f"--asyncep-kernels {options.run.kernels}: SGLang's operators would not call the strategy "
+                f"{options.run.strategy}; leave the flag out"
             )
 
     @classmethod
     def _refuse_divided(cls, options: ServeOptions, group: GroupConfig) -> None:
         """Refuses what spreads the experts beyond memory that every rank of this host reads."""
         asked = (
-            ("--nnodes", options.nodes > 1),
-            ("--asyncep-expert-memory", options.expert_memory is not None),
-            ("--asyncep-transport pinned", options.transport == "pinned"),
+            ("--nnodes", options.group.nodes > 1),
+            ("--asyncep-expert-memory", options.group.memory_limit is not None),
+            ("--asyncep-transport pinned", options.run.transport == "pinned"),
         )
         for flag, given in asked:
             if given:
                 raise UsageError(
-                    f"--asyncep-strategy {options.strategy}: each host keeps all experts; leave {flag} out"
+                    f"--asyncep-strategy {options.run.strategy}: each host keeps all experts; leave {flag} out"
                 )
         if group.divides:
             raise UsageError(
-                f"--asyncep-strategy {options.strategy}: the experts are divided, because there are several GPUs or "
-                "they do not fit into one; use asyncep"
+                f"--asyncep-strategy {options.run.strategy}: the experts are divided, because there are several GPUs "
+                "or they do not fit into one; use asyncep"
             )
 
     def side_processes(self) -> Sequence[SideProcess]:

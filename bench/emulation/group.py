@@ -106,11 +106,12 @@ def group(
             for node in (0, 1):
                 log = Path(folder) / f"{node}.txt"
                 command = [sys.executable, "-m", "asyncep", "serve", "--model-path", str(model), "--device", "cpu"]
-                command += ["--host", "0.0.0.0", "--port", str(PORT), "--skip-tokenizer-init", "--asyncep-log-gathers"]
+                command += ["--host", "0.0.0.0", "--port", str(PORT), "--skip-tokenizer-init"]
                 # The rank is told apart by it where a router stands in front.
                 command += ["--weight-version", f"rank {node}"]
                 if divided:
                     command += ["--nnodes", "2", "--node-rank", str(node), "--dist-init-addr", hosts.rendezvous]
+                    command += ["--asyncep-log-gathers"]
                 with log.open("wb") as output:
                     process = subprocess.Popen(
                         hosts.command(node, [*command, *flags]),

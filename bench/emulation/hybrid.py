@@ -69,7 +69,7 @@ def _run(
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.txt"
         command = [sys.executable, "-m", "asyncep", "serve", "--model-path", str(model), "--device", "cpu"]
-        command += ["--port", str(PORT), "--asyncep-log-gathers", *flags]
+        command += ["--port", str(PORT), *(["--asyncep-log-gathers"] if gathered else []), *flags]
         with log.open("wb") as output:
             process = subprocess.Popen(within(command), stdout=output, stderr=subprocess.STDOUT)
         server = GroupServer(f"http://127.0.0.1:{PORT}", process, log)

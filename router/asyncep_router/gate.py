@@ -1,7 +1,7 @@
 """The saturation gate: which ranks may take work, as sets of ranks.
 
 T is the FLOPs of a batch from which the gather of the next layer's experts hides behind the compute of
-this one (MISSION: T = t_EP F gamma). A rank is *saturated* at or above T of outstanding FLOPs, and
+this one (T = t_EP F gamma). A rank is *saturated* at or above T of outstanding FLOPs, and
 *open* while it has less than `inflight_target` batches: the one it computes and the one it takes next.
 More would only bind requests to a rank earlier than need be. A batch is T, but not less than what computes
 well: where nothing is gathered T is small, so that work is spread at once, and batches are not. Requests have a limit

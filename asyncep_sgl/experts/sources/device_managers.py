@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-import msgspec
 import torch
 
 from asyncep_sgl.errors import StoreError
@@ -132,7 +131,7 @@ class PinnedExpertManager(ExpertManager):
 
     def __post_init__(self) -> None:
         self._limit = self.group.memory_limit or 0
-        self.group = msgspec.structs.replace(self.group, memory_limit=None)
+        self.group = replace(self.group, memory_limit=None)
 
     def owned(self, layer: int) -> frozenset[int]:
         """Experts this rank reads from the checkpoint: all of a layer that stays on its device."""

@@ -32,7 +32,7 @@ class AsyncEPRank(RankStrategy):
         self._tables: dict[int, ExpertTable] = {}
         self._gather: ExpertGather | None = None
         self._book: GatherBook | None = None
-        self._floor = float(place.cost.flops(place.config.group.threshold_tokens))
+        self._floor = float(place.cost.flops(place.config.settings.threshold_tokens))
         self._reported = 0.0
         self._told = Counters()
 
@@ -45,7 +45,7 @@ class AsyncEPRank(RankStrategy):
             place.config.group,
             place.folder(),
             len(place.cost.shape.layers),
-            place.config.log_gathers,
+            place.config.group.log_gathers,
             device=place.device(),
         )
         if (started is not None) != place.config.group.gathers:

@@ -35,7 +35,7 @@ class AsyncEP(Strategy):
                 "--asyncep-strategy asyncep: all experts are in memory that every rank reads; leave the flag out, or "
                 "give --asyncep-expert-memory SIZE (or --nnodes N on CPUs, --asyncep-transport pinned on GPUs)"
             )
-        if options.kernels != "ours" and group.gathers:
+        if options.run.kernels != "ours" and group.gathers:
             raise UsageError("--asyncep-kernels sglang: only our kernels read gathered experts; leave the flag out")
 
     def side_processes(self) -> Sequence[SideProcess]:

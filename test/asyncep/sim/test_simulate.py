@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 COST = ModelCost.from_config(QWEN3_235B, expert_itemsize=1)
 GATHER = 5.9e-3  # t_EP a layer: fp8 experts at 360 GB/s
-RATE = 0.33 * 1979e12  # achieved FLOP/s: MISSION's 30-36 % MFU
+RATE = 0.33 * 1979e12  # achieved FLOP/s, at the paper's 30-36 % MFU
 T_LAYER = GATHER * RATE * 1.2  # gamma 1.2
 T = COST.threshold_flops(T_LAYER)
 RANK = RankModel(RATE, GATHER, batch_flops=T, cache_tokens=400_000)
@@ -105,7 +105,7 @@ def test_conversations_return_to_the_rank_that_knows_them() -> None:
 
 
 def test_gain_over_the_default_scheduler_beside_the_papers(capsys: pytest.CaptureFixture[str]) -> None:
-    """The paper's frontend adds 16-18 % to a default scheduler on the same backend (MISSION)."""
+    """The paper's frontend adds 16-18 % to a default scheduler on the same backend."""
     prompts = few_shot_mix(4000, seed=6)
     rows = {}
     for ranks in (2, 8):

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from asyncep_sgl.config.flags import parse_size
 from asyncep_sgl.errors import UsageError
 from asyncep_sgl.front.sglang_flags import refused_flag
-from asyncep_sgl.launcher.command_line import parse, parse_size, sglang_arguments, uses_our_router
+from asyncep_sgl.launcher.command_line import parse, sglang_arguments, uses_our_router
 from asyncep_sgl.launcher.launch import batch_folder, check_batch_folder
 
 
@@ -20,14 +21,14 @@ from asyncep_sgl.launcher.launch import batch_folder, check_batch_folder
         (["--nnodes", "2"], "--dist-init-addr '': with --nnodes 2 give node 0's address as HOST:PORT"),
         (["--nnodes", "2", "--dist-init-addr", "a:b"], "--dist-init-addr 'a:b'"),
         (["--nnodes", "2", "--node-rank", "2"], "--node-rank 2: use 0 to 1 with --nnodes 2"),
-        (["--nnodes", "0"], "--node-rank 0: use 0 to 0 with --nnodes 0"),
+        (["--nnodes", "0"], "--nnodes 0: must be at least 1"),
         (["--asyncep-copies", "2"], "--asyncep-copies 2: use 1 to 1, the number of hosts"),
-        (["--asyncep-gather-depth", "0"], "--asyncep-gather-depth at least 1"),
+        (["--asyncep-gather-depth", "0"], "--asyncep-gather-depth 0: must be at least 1"),
         (["--quantization", "fp8"], "--quantization fp8: .*leave the flag out"),
         (["--dtype", "float16"], "--dtype float16: use bfloat16 or float32"),
         (["--port", "70000"], "--port 70000"),
         (["--asyncep-kv-free", "--asyncep-decode", "allow"], "--asyncep-kv-free: decoding needs"),
-        (["--asyncep-resident-experts", "-1"], "--asyncep-resident-experts -1: use 0 or more"),
+        (["--asyncep-resident-experts", "-1"], "--asyncep-resident-experts -1: must be at least 0"),
     ],
 )
 def test_what_cannot_be_served_names_flag_and_fix(arguments: list[str], words: str) -> None:
@@ -116,10 +117,10 @@ def test_savings_are_flags_of_sglangs_that_the_user_can_overrule() -> None:
     user = sglang_arguments(parse(["--model", "m", "--log-level-http", "info"]), cpu=True, max_total_tokens=None)
     assert user.count("--log-level-http") == 1
     without = parse(["--model", "m", "--asyncep-without", "batch-tokenization, no-access-log"])
-    assert without.without == ("batch-tokenization", "no-access-log")
+    assert without.run.without == ("batch-tokenization", "no-access-log")
     bare = sglang_arguments(without, cpu=True, max_total_tokens=None)
     assert not {"--enable-tokenizer-batch-encode", "--log-level-http"} & set(bare)
-    assert len(parse(["--model", "m", "--asyncep-without", "all"]).without) > 2
+    assert len(parse(["--model", "m", "--asyncep-without", "all"]).run.without) > 2
 
 
 def test_large_batches_do_not_cost_a_cpu_the_memory_that_a_gpus_graphs_would_take() -> None:

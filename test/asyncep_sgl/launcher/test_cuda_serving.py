@@ -132,6 +132,15 @@ def test_flags_go_to_sglang_and_the_users_win() -> None:
     assert found.environment == {PAGED_VARIABLE: "0", "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED": "0"}
 
 
+def test_kv_free_on_gpus_neither_keeps_nor_cuts_prompts() -> None:
+    whole = dict(itertools.pairwise(planned(QWEN3_30B, [H100], "--asyncep-kv-free").flags))
+    assert whole["--chunked-prefill-size"] == "-1"
+    assert "--disable-radix-cache" in planned(QWEN3_30B, [H100], "--asyncep-kv-free").flags
+    # Where batches are cut by FLOPs a long prompt is cut too.
+    divided = planned(QWEN3_30B, [H100] * 2, "--dp-size", "2", "--asyncep-kv-free").flags
+    assert "-1" not in divided
+
+
 def test_visible_devices() -> None:
     assert visible([H100, A10, T4], None) == [H100, A10, T4]
     assert visible([H100, A10, T4], "2, 0") == [T4, H100]
@@ -186,7 +195,7 @@ def test_the_launcher_starts_what_was_planned(
 def test_other_devices_and_misplaced_flags_are_refused(tiny_model: Callable[[str], Path]) -> None:
     with pytest.raises(UsageError, match="--device xpu: served are cuda and cpu"):
         launch.serve(parse(["--model", "m", "--device", "xpu"]))
-    with pytest.raises(UsageError, match="--asyncep-transport pinned: for GPUs only"):
+    with pytest.raises(UsageError, match="--asyncep-transport: only with experts in the GPUs' memory or"):
         launch.serve(parse(["--model", "m", "--device", "cpu", "--asyncep-transport", "pinned"]))
 
 

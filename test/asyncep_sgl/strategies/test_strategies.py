@@ -104,7 +104,7 @@ def test_what_a_strategy_does_not_do_is_refused(
     monkeypatch.syspath_prepend(tmp_path)
     options = parse(["--model", "m", *flags.split()])
     with pytest.raises(UsageError) as refused:
-        registry.find(options.strategy or registry.default(group)).refuse(options, group)
+        registry.find(options.run.strategy or registry.default(group)).refuse(options, group)
     for word in words:
         assert word in str(refused.value)
 

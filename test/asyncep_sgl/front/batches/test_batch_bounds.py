@@ -240,10 +240,10 @@ def test_the_floor_of_a_disk(tmp_path: Path) -> None:
 
 def test_flags() -> None:
     options = parse(["--model", "m"])
-    assert (options.file_bytes, options.file_days, options.disk_floor) == (20 * 10**9, 30, None)
+    assert (options.batches.file_bytes, options.batches.file_days, options.batches.disk_floor) == (20 * 10**9, 30, None)
     flags = "--asyncep-file-quota 5GB --asyncep-file-days 0 --asyncep-disk-floor 2GiB"
     options = parse(["--model", "m", *flags.split()])
-    assert (options.file_bytes, options.file_days, options.disk_floor) == (5 * 10**9, 0, 2**31)
+    assert (options.batches.file_bytes, options.batches.file_days, options.batches.disk_floor) == (5 * 10**9, 0, 2**31)
     for wrong in ("--asyncep-file-quota=-1", "--asyncep-file-days=-1", "--asyncep-disk-floor=-1"):
         with pytest.raises(UsageError, match=wrong.partition("=")[0]):
             parse(["--model", "m", wrong])

@@ -1,0 +1,223 @@
+"""What the command line sets, by subject. Each flag is declared here and nowhere else."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from asyncep_sgl.config.flags import Mode, setting
+
+Decode = Literal["refuse", "allow"]
+Kernels = Literal["ours", "sglang"]
+Transport = Literal["auto", "cuda", "pinned"]
+# Optimisations that can be switched off to measure them (``--asyncep-without``). Results do not change.
+Saving = Literal[
+    "direct-replies", "batch-tokenization", "rare-collections", "joined-events", "no-access-log", "fork-ahead"
+]
+GATHERING: tuple[Mode, ...] = ("hosts", "disk", "cuda", "pinned")
+
+
+def parse_savings(text: str) -> tuple[Saving, ...]:
+    """The savings of a list such as ``direct-replies,batch-tokenization``, or of ``all``.
+
+    Raises:
+        argparse.ArgumentTypeError: there is no such saving.
+    """
+    known: tuple[Saving, ...] = get_args(Saving)
+    names = known if text == "all" else tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}, all")
+    return tuple(saving for saving in known if saving in names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """How a server computes and ends."""
+
+    store_limit: int | None = setting(
+        None,
+        "SIZE",
+        "most memory the shared experts may take, such as 64GiB",
+        shown="what is free",
+        only=("memory", "hosts", "disk", "pinned"),
+    )
+    kv_free: bool = setting(
+        False,
+        "",
+        "keep no prefix from one batch to the next and memory for the keys and values of one batch only; for work "
+        "whose prompts have nothing in common",
+    )
+    decode: Decode = setting(
+        "refuse",
+        "",
+        "requests that would decode: refuse answers 400, allow serves them as SGLang does",
+        choices=get_args(Decode),
+    )
+    kernels: Kernels = setting(
+        "ours",
+        "",
+        "whose kernels compute experts and attention: ours are faster, sglang's give the bits of stock SGLang",
+        choices=get_args(Kernels),
+    )
+    transport: Transport = setting(
+        "auto",
+        "",
+        "on GPUs: cuda keeps a part of the experts in each GPU and gathers from the others, pinned keeps them in host "
+        "memory; auto: cuda where they fit; has not run on a GPU yet",
+        choices=get_args(Transport),
+        only=("cuda", "pinned"),
+    )
+    strategy: str | None = setting(
+        None,
+        "NAME",
+        "how experts and tokens come together: replicated (this host's memory has all experts), asyncep (each host or "
+        "GPU keeps a part and gathers the rest ahead of the computation), or MODULE:CLASS of your own "
+        "(docs/strategies.md)",
+        shown="asyncep where other flags divide the experts, else replicated",
+    )
+    threshold_tokens: int = setting(
+        2048,
+        "N",
+        "smallest efficient batch, as the cost of one prompt of N tokens. Each rank gets up to two such batches ahead; "
+        "where weights are gathered, batches are cut at the measured T, but never below this",
+        least=1,
+    )
+    without: tuple[Saving, ...] = setting(
+        (),
+        "NAMES",
+        f"optimisations to switch off in order to measure them: {', '.join(get_args(Saving))}, with commas between, or "
+        "all (docs/cpu.md). Results do not change",
+        kind=parse_savings,
+    )
+    grace_seconds: float = setting(
+        10.0,
+        "S",
+        "on Ctrl-C or SIGTERM, time for requests in flight; a second signal ends at once",
+        name="--shutdown-grace-period-secs",
+        least=0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSettings:
+    """The router inside the engine."""
+
+    max_wait_ms: float = setting(
+        0.0, "MS", "longest time a batch smaller than T waits for more requests while ranks are idle", least=0
+    )
+    log_decisions: bool = setting(False, "", "log each routing decision as a JSON line")
+
+    @property
+    def max_wait_seconds(self) -> float:
+        """`max_wait_ms` in seconds."""
+        return self.max_wait_ms / 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSettings:
+    """Experts that are not all in memory which every rank reads: hosts that share them, or layers on disk."""
+
+    nodes: int = setting(1, "N", "hosts that share the experts", name="--nnodes", least=1)
+    node: int = setting(0, "I", "which of them this is, from 0", name="--node-rank", only=("hosts",))
+    rendezvous: str = setting(
+        "",
+        "HOST:PORT",
+        "address of node 0 that every host can reach; hosts may start in any order",
+        name="--dist-init-addr",
+        only=("hosts",),
+    )
+    copies: int = setting(
+        1,
+        "N",
+        "hosts that keep each expert; with 2 or more a host may be lost without a pause",
+        name="--asyncep-copies",
+        least=1,
+        only=("hosts",),
+    )
+    memory_limit: int | None = setting(
+        None,
+        "SIZE",
+        "keep so much of the experts in memory and read the other layers from the checkpoint for each batch, ahead of "
+        "the computation; for models larger than memory; on GPUs: so much on each GPU, the other layers in pinned host "
+        "memory",
+        name="--asyncep-expert-memory",
+        least=0,
+        shown="keep all",
+        only=("disk", "pinned"),
+    )
+    resident_layers: int = setting(
+        1, "N", "MoE layers, from the first, that every host or GPU keeps whole", least=0, only=("hosts", "cuda")
+    )
+    resident_experts: int = setting(
+        0,
+        "N",
+        "experts of every other layer that each host keeps beyond its share, or beside --asyncep-expert-memory: so "
+        "many less to gather",
+        least=0,
+        only=("hosts", "disk"),
+    )
+    depth: int = setting(
+        2,
+        "N",
+        "slots of gathered layers in each rank; 1 overlaps with attention only",
+        name="--asyncep-gather-depth",
+        least=1,
+        shown="2; 4 from pinned memory",
+        only=GATHERING,
+    )
+    margin: float = setting(
+        1.2,
+        "GAMMA",
+        "T is the FLOPs that just hide a gather, times this; below 1 ranks wait for gathers",
+        above=0,
+        only=GATHERING,
+    )
+    verify: Literal["every", "off"] = setting(
+        "every",
+        "",
+        "compare every gathered expert with its owner's digest, or trust the link",
+        choices=("every", "off"),
+        only=("hosts",),
+    )
+    patience_seconds: float = setting(
+        30.0,
+        "S",
+        "how long requests wait for a host that went away before they get a 503",
+        name="--asyncep-patience-secs",
+        least=0,
+        only=("hosts",),
+    )
+    log_gathers: bool = setting(False, "", "log each batch's gathers as a JSON line", only=GATHERING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSettings:
+    """The Batch API's files; `asyncep_sgl.front.batches.bounds.Bounds` says what they do."""
+
+    folder: str = setting(
+        "",
+        "DIR",
+        "where /v1/files and /v1/batches keep their state",
+        name="--asyncep-batch-dir",
+        shown="$XDG_STATE_HOME/asyncep/batches/PORT",
+    )
+    file_bytes: int = setting(
+        20 * 10**9,
+        "SIZE",
+        "most bytes of all files in /v1/files together; a caller of --api-key-file may have less",
+        name="--asyncep-file-quota",
+        least=0,
+        shown="20GB",
+    )
+    file_days: int = setting(
+        30, "N", "days after which files and ended batches are forgotten; 0 keeps them", least=0, most=36500
+    )
+    disk_floor: int | None = setting(
+        None,
+        "SIZE",
+        "space on the disk of --asyncep-batch-dir that files and batches leave free",
+        least=0,
+        shown="1GB, or a twentieth of a smaller disk",
+    )

@@ -1,0 +1,207 @@
+"""Every flag of ours in every mode: it reaches what reads it, or it is refused by name."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import asyncep_sgl
+from asyncep_sgl.config.flags import MODES, Declared, Mode, add_flags, declared, read_flags, setting
+from asyncep_sgl.config.front import FrontSettings
+from asyncep_sgl.config.run import CONFIG_VARIABLE, AsyncEPConfig
+from asyncep_sgl.config.settings import BatchSettings, GroupSettings, RouterSettings, RunSettings
+from asyncep_sgl.errors import UsageError
+from asyncep_sgl.launcher import launch
+from asyncep_sgl.launcher.command_line import parse
+from asyncep_sgl.launcher.cuda_attention import CudaHost
+from asyncep_sgl.launcher.cuda_host import Gpu
+from asyncep_sgl.process.ports import free_port
+
+GROUPS = (RunSettings, RouterSettings, GroupSettings, BatchSettings, FrontSettings)
+FLAGS = [(group, field.name, flag) for group in GROUPS for field, flag in declared(group)]
+NAMES = [flag.name for _, _, flag in FLAGS]
+H100 = Gpu("NVIDIA H100", (9, 0), 80 << 30)
+
+# What makes a command line one of its mode.
+MODE_FLAGS: dict[Mode, list[str]] = {
+    "memory": ["--device", "cpu"],
+    "hosts": ["--device", "cpu", "--nnodes", "2", "--dist-init-addr", "host:1", "--dp-size", "2"],
+    "disk": ["--device", "cpu", "--asyncep-expert-memory", "1"],
+    "cuda": ["--device", "cuda", "--dp-size", "2", "--asyncep-transport", "cuda"],
+    "pinned": ["--device", "cuda", "--asyncep-transport", "pinned"],
+}
+# Values that suit every mode, where a number or the first choice does not.
+VALUES = {
+    "--asyncep-strategy": None,  # the strategies' own tests
+    "--nnodes": None,  # makes the mode
+    "--dist-init-addr": "host:2",
+    "--asyncep-expert-memory": "1",
+    "--asyncep-transport": "auto",
+    "--asyncep-batch-dir": "",
+    "--asyncep-without": "direct-replies",
+    "--asyncep-copies": "1",
+    "--node-rank": "0",
+    "--asyncep-cors-origins": "https://a",
+}
+
+
+def value_of(flag: Declared, default: Any) -> list[str]:
+    if default is False:
+        return []
+    if flag.name in VALUES:
+        return [str(VALUES[flag.name])]
+    return [flag.choices[0] if flag.choices else "3"]
+
+
+class Recorded:
+    """In the supervisor's place: what would be started."""
+
+    def __init__(self, store: Any, command: list[str], environment: dict[str, str], *_: Any, **__: Any) -> None:
+        self.store, self.command, self.environment = store, command, environment
+        self.listeners: Sequence[Any] = ()
+        self.signals = None
+
+    def run(self) -> int:
+        started.append(self.environment)
+        self.store.close()
+        for listener in self.listeners:
+            listener.close()
+        return 0
+
+
+started: list[dict[str, str]] = []
+
+
+@pytest.fixture
+def run_of(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> Iterator[Callable[..., AsyncEPConfig]]:
+    """Makes the configuration that a command line's processes would get."""
+    monkeypatch.setattr(launch, "find_gpus", lambda: [H100] * 2)
+    monkeypatch.setattr(launch, "installed", lambda gpu: CudaHost(gpu.capability, flashinfer=True, fa3=False))
+    monkeypatch.setattr(launch, "Supervisor", Recorded)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    model = str(tiny_model("qwen3_moe"))
+
+    def run(*arguments: str) -> AsyncEPConfig:
+        started.clear()
+        assert launch.serve(parse(["--model", model, "--port", str(free_port()), *arguments])) == 0
+        monkeypatch.setenv(CONFIG_VARIABLE, started[0][CONFIG_VARIABLE])
+        config = AsyncEPConfig.from_environment()
+        assert config is not None
+        return config
+
+    yield run
+    started.clear()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_flag_is_used_or_refused(mode: Mode, run_of: Callable[..., AsyncEPConfig]) -> None:
+    """Used: whoever reads the setting finds what was given. That somebody does is the next test's."""
+    there = MODE_FLAGS[mode]
+    run_of(*there)
+    for group, name, flag in FLAGS:
+        default = next(field.default for field in fields(group) if field.name == name)
+        makes_another_mode = mode == "memory" and flag.name == "--asyncep-expert-memory"
+        if makes_another_mode or VALUES.get(flag.name, "") is None:
+            continue
+        arguments = [flag.name, *value_of(flag, default)]
+        if mode in flag.only:
+            run_of(*there, *arguments)
+        else:
+            with pytest.raises(UsageError, match=f"{flag.name}: only with .*leave the flag out"):
+                run_of(*there, *arguments)
+
+
+def test_somebody_reads_each_setting() -> None:
+    package = Path(asyncep_sgl.__file__).parent
+    read = {
+        node.attr
+        for file in package.rglob("*.py")
+        if file.parent.name != "config"
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    # By the property that makes seconds of it, and by the method that fills in the automatic value.
+    through = {"max_wait_ms": "max_wait_seconds", "max_prompt_chars": "prompt_chars"}
+    for _, name, flag in FLAGS:
+        assert through.get(name, name) in read, flag.name
+
+
+def test_settings_reach_every_process_as_they_were_given(run_of: Callable[..., AsyncEPConfig]) -> None:
+    """Each group travels whole, so a new setting needs no line of its own on the way."""
+    for group, name, flag in FLAGS:
+        mode = "memory" if "memory" in flag.only else next(one for one in ("hosts", "disk", "cuda") if one in flag.only)
+        default = next(field.default for field in fields(group) if field.name == name)
+        if flag.name in VALUES or flag.choices[:1] == (default,):
+            continue
+        config = run_of(*MODE_FLAGS[mode], flag.name, *value_of(flag, default))
+        there: Any = {
+            RunSettings: config.settings,
+            RouterSettings: config.router,
+            GroupSettings: config.group,
+            BatchSettings: config.batches,
+            FrontSettings: config.front,
+        }[group]
+        assert getattr(there, name) == (True if default is False else 3), flag.name
+
+
+def test_names_are_each_ones_own() -> None:
+    assert len(set(NAMES)) == len(NAMES)
+    assert all(flag.help and not flag.help.endswith(".") for _, _, flag in FLAGS)
+
+
+@pytest.mark.parametrize(("group", "name", "flag"), FLAGS, ids=NAMES)
+def test_a_number_out_of_bounds_is_refused_by_name(group: type, name: str, flag: Declared) -> None:
+    for bound, beyond in ((flag.least, -1.0), (flag.above, 0.0), (flag.most, 1.0)):
+        if bound is None:
+            continue
+        value = bound + beyond
+        text = f"{value:g}"
+        parser = argparse.ArgumentParser()
+        add_flags(parser.add_argument_group("x"), group)
+        try:
+            known = parser.parse_args([f"{flag.name}={text}"])
+        except SystemExit:
+            continue  # no number of that kind, such as a negative size
+        with pytest.raises(UsageError, match=f"{flag.name} .*must be"):
+            read_flags(known, group)
+
+
+def test_the_recipe_for_a_new_setting() -> None:
+    """As `docs/structure.md` has it: a field is all that a flag, its help, its bound and its way need."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class More(RunSettings):
+        grain: int = setting(16, "N", "tokens of a grain", least=1)
+
+    parser = argparse.ArgumentParser()
+    add_flags(parser.add_argument_group("asyncep"), More)
+    assert "--asyncep-grain N" in parser.format_help()
+    assert "tokens of a grain (default 16)" in parser.format_help()
+    assert read_flags(parser.parse_args([]), More).grain == 16
+    assert read_flags(parser.parse_args(["--asyncep-grain", "8"]), More).grain == 8
+    with pytest.raises(UsageError, match="--asyncep-grain 0: must be at least 1"):
+        read_flags(parser.parse_args(["--asyncep-grain", "0"]), More)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        (["--load-balance-method", "round_robin", "--asyncep-max-wait-ms", "5"], "--asyncep-max-wait-ms"),
+        (["--load-balance-method", "round_robin", "--asyncep-log-decisions"], "--asyncep-log-decisions"),
+        (
+            ["--nnodes", "2", "--dist-init-addr", "h:1", "--asyncep-log-decisions"],
+            "--asyncep-log-decisions",
+        ),
+    ],
+)
+def test_flags_of_a_router_that_is_not_there_are_refused(arguments: list[str], flag: str) -> None:
+    with pytest.raises(UsageError, match=f"{flag}: for the router inside the server"):
+        parse(["--model", "m", *arguments])
