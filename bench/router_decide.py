@@ -25,7 +25,7 @@ from asyncep.sim.workloads import random_tokens
 from asyncep_router.config import Limits
 from asyncep_router.cost import ModelCost
 from asyncep_router.messages import BatchReport, Request
-from asyncep_router.policy import Frontend
+from asyncep_router.routing_policy import RoutingPolicy
 
 IMPORT_STARTED = time.perf_counter()
 from asyncep_router.radix import SharedRadixTree  # noqa: E402  its import is one of the things timed
@@ -81,15 +81,15 @@ def filled(budget: int, ranks: int, prompts: Prompts) -> tuple[SharedRadixTree, 
     return tree, resident_mb() - before
 
 
-def frontend(tree: SharedRadixTree, ranks: int, tokens: int) -> Frontend:
+def frontend(tree: SharedRadixTree, ranks: int, tokens: int) -> RoutingPolicy:
     """T is a few prompts, so that every rule of the policy comes up."""
-    front = Frontend(COST, tree, Limits(default_threshold=4 * COST.flops(tokens)))
+    front = RoutingPolicy(COST, tree, Limits(default_threshold=4 * COST.flops(tokens)))
     for rank in range(ranks):
         front.rank_joined(rank)
     return front
 
 
-def decide(front: Frontend, prompts: Prompts, count: int, in_flight: int) -> dict[str, float]:
+def decide(front: RoutingPolicy, prompts: Prompts, count: int, in_flight: int) -> dict[str, float]:
     """Microseconds a decision and a report take, with `in_flight` requests out at a time.
 
     Wall clock, as promised to users; beside it `cpu_*`, the thread's own time, and how often another process

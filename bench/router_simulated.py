@@ -11,11 +11,11 @@ from typing import Any
 
 from asyncep.sim.router import RankModel, simulate
 from asyncep.sim.workloads import few_shot_mix
-from asyncep_router.baselines import Immediate, RoundRobin
+from asyncep_router.baselines import BaselinePolicy, RoundRobin
 from asyncep_router.block_view import BlockView
 from asyncep_router.config import Limits
 from asyncep_router.cost import ModelCost
-from asyncep_router.policy import Frontend
+from asyncep_router.routing_policy import RoutingPolicy
 
 PAPER = (0.16, 0.18)
 QWEN3_235B: dict[str, Any] = {
@@ -43,13 +43,13 @@ def frontend_gain(ranks: int, *, requests: int, seed: int) -> dict[str, Any]:
     rank_model = RankModel(
         FLOPS_PER_SECOND, GATHER_SECONDS, batch_flops=cost.threshold_flops(threshold), cache_tokens=400_000
     )
-    front = Frontend(cost, BlockView(1 << 40, rank_model.page), Limits(block=64))
+    front = RoutingPolicy(cost, BlockView(1 << 40, rank_model.page), Limits(block=64))
     for rank in range(ranks):
         front.rank_joined(rank, cache_tokens=rank_model.cache_tokens)
         front.set_threshold(rank, threshold)
     prompts = few_shot_mix(requests, seed=seed)
     ours = simulate(prompts, front, ranks, rank_model, cost)
-    default = simulate(prompts, Immediate(RoundRobin(), ranks), ranks, rank_model, cost)
+    default = simulate(prompts, BaselinePolicy(RoundRobin, ranks=ranks), ranks, rank_model, cost)
     return {
         "ranks": ranks,
         "gain": ours.throughput / default.throughput - 1,

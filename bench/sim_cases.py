@@ -22,7 +22,7 @@ from asyncep.sim.strategies.amoe import Amoe
 from asyncep.sim.strategies.asap import Asap
 from asyncep.sim.work import Model
 from asyncep.sim.workloads import TimedPrompt, few_shot_mix
-from asyncep_router.baselines import CacheAware, Immediate, RoundRobin, ShortestQueue
+from asyncep_router.baselines import BaselinePolicy, CacheAware, RoundRobin, ShortestQueue
 
 SEED = 1
 MACHINES = (("a100", "bf16"), ("h100", "bf16"), ("h100", "fp8"), ("h200", "fp8"))
@@ -121,9 +121,9 @@ def placements(model: Model, cluster: Cluster, prompts: Sequence[TimedPrompt], c
         name: _result(deployment, simulate(deployment, prompts, placer))
         for name, placer in (
             ("asyncep", frontend(deployment, ranks)),
-            ("round_robin", Immediate(RoundRobin(), ranks)),
-            ("cache_aware", Immediate(CacheAware(), ranks)),
-            ("shortest_queue", Immediate(ShortestQueue(), ranks)),
+            ("round_robin", BaselinePolicy(RoundRobin, ranks=ranks)),
+            ("cache_aware", BaselinePolicy(CacheAware, ranks=ranks)),
+            ("shortest_queue", BaselinePolicy(ShortestQueue, ranks=ranks)),
         )
     }
 

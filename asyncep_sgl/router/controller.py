@@ -40,8 +40,8 @@ from asyncep_router.errors import DuplicateRequestError, UnknownRankError
 from asyncep_router.kv_events import decode_batch
 from asyncep_router.long_lived import settle
 from asyncep_router.messages import BatchReport, Dispatch, Request
-from asyncep_router.policy import Frontend
 from asyncep_router.radix import new_view
+from asyncep_router.routing_policy import RoutingPolicy
 from asyncep_sgl.config.model_support import read_config
 from asyncep_sgl.config.run import AsyncEPConfig
 from asyncep_sgl.process.zmq_end import for_own_user
@@ -105,8 +105,8 @@ class RouterController(RankLife):
         )
         # Twice what all ranks can hold: prefixes under way count as held before they are.
         budget = 2 * self.launch_dp_size * self.max_total_num_tokens
-        self.frontend = Frontend(cost, new_view(budget, get_schedule().page_size or 1), limits)
-        self.suspects = Suspects(self.frontend, self._answer_aborted, fingerprint)
+        self.policy = RoutingPolicy(cost, new_view(budget, get_schedule().page_size or 1), limits)
+        self.suspects = Suspects(self.policy, self._answer_aborted, fingerprint)
         for rank in range(self.launch_dp_size):
             self._join(rank)
         for readable in (self.recv_from_tokenizer, self._reports, self._state, self._wake_read):
@@ -141,14 +141,14 @@ class RouterController(RankLife):
         )
         started = time.perf_counter()
         try:
-            self.frontend.submit(request, request.arrival)
+            self.policy.submit(request, request.arrival)
         except (DuplicateRequestError, UnknownRankError) as error:
             self._answer_aborted(req.rid, str(error), 400)
         self._submit_seconds += time.perf_counter() - started
 
     def _send_health_check(self, req: Any) -> None:
         """To the rank with the least to do, so that the answer says something about the server, not its queue."""
-        for rank in sorted(self.ranks_serving(), key=lambda r: self.frontend.ledger.account(r).outstanding):
+        for rank in sorted(self.ranks_serving(), key=lambda r: self.policy.ledger.account(r).outstanding):
             if self._tell(rank, req):
                 return
 
@@ -156,7 +156,7 @@ class RouterController(RankLife):
         """What goes to a rank in one turn goes as one message: the rank sees it at once, for its next batch."""
         for rank, company in itertools.groupby(sorted(dispatches, key=_rank_of), _rank_of):
             sent = list(company)
-            if len(self.frontend.requests_in_flight(rank)) == len(sent):
+            if len(self.policy.requests_in_flight(rank)) == len(sent):
                 self._vigil.moved(rank)  # it had nothing to do until now
             self._send_to(rank, sent)
 
@@ -168,7 +168,7 @@ class RouterController(RankLife):
             stats.set_dp_dispatch_time()
             times.append(stats)
             req.time_stats = wrap_as_pickle(stats)
-        if self.frontend.limits.ranks_let_pass:
+        if self.policy.limits.ranks_let_pass:
             for dispatch in dispatches:
                 dispatch.request.payload.priority = urgency(dispatch.request.priority, dispatch.bulk)
         if len(requests) > 1 and all(isinstance(req, TokenizedGenerateReqInput) for req in requests):
@@ -181,8 +181,8 @@ class RouterController(RankLife):
         if told < len(requests):
             # It has died and its end has not been read yet; the next turn of the loop takes everything back.
             for dispatch in dispatches[told:]:
-                self.frontend.send_back(dispatch.rid)
-            self.frontend.set_accepting(rank, False)
+                self.policy.send_back(dispatch.rid)
+            self.policy.set_accepting(rank, False)
         if self.config.router is not None and self.config.router.log_decisions:
             for dispatch in dispatches[:told]:
                 decisions.info("%s", json.dumps(_decision(dispatch)))
@@ -198,7 +198,7 @@ class RouterController(RankLife):
                 return
         elif isinstance(obj, FlushCacheReqInput):
             for rank in range(self.launch_dp_size):
-                self.frontend.cache_cleared(rank)
+                self.policy.cache_cleared(rank)
         elif isinstance(obj, PauseGenerationReqInput | ContinueGenerationReqInput):
             self._paused = isinstance(obj, PauseGenerationReqInput)
         for rank in self._active_workers:
@@ -254,7 +254,7 @@ class RouterController(RankLife):
     def _sleep_seconds(self, now: float) -> float:
         if not all(self._probing.values()):
             return _UNTIL_CONNECTED_SECONDS
-        wakeups = (self.frontend.next_wakeup(now), self.suspects.next_wakeup(now))
+        wakeups = (self.policy.next_wakeup(now), self.suspects.next_wakeup(now))
         sleeps = [max(0.0, wakeup - now) for wakeup in wakeups if wakeup is not None]
         return min([_LONGEST_SLEEP_SECONDS, *sleeps])
 
@@ -262,7 +262,7 @@ class RouterController(RankLife):
         """What is to be sent now. A turn's decisions count as equally long: requests that came in it are filed, and
         those that leave in it, whenever they came, are placed."""
         started = time.perf_counter()
-        dispatches = self.frontend.poll(time.monotonic())
+        dispatches = self.policy.poll(time.monotonic())
         if dispatches:
             seconds = self._submit_seconds + time.perf_counter() - started
             self._decision_seconds.observe(seconds / len(dispatches), len(dispatches))
@@ -290,7 +290,7 @@ class RouterController(RankLife):
                 continue
             if isinstance(message, Finished):
                 if message.rank not in self._probing:  # one token says nothing about its speed
-                    self.frontend.report(
+                    self.policy.report(
                         BatchReport(message.rank, message.rids, message.flops, message.seconds, message.cached), now
                     )
                 self.suspects.batch_finished(message.rank, message.batch, message.rids)
@@ -301,11 +301,11 @@ class RouterController(RankLife):
                 self._beat(message.rank, message.pid)
             elif isinstance(message, Threshold):
                 # Less is too small to compute well, however fast its gathers are.
-                floor = self.frontend.cost.threshold_per_layer(self.frontend.limits.least_batch)
-                self.frontend.set_threshold(message.rank, max(message.layer_flops, floor))
+                floor = self.policy.cost.threshold_per_layer(self.policy.limits.least_batch)
+                self.policy.set_threshold(message.rank, max(message.layer_flops, floor))
             else:
                 for event in decode_batch(message.payload).events:
-                    self.frontend.apply_event(message.rank, event)
+                    self.policy.apply_event(message.rank, event)
 
     def health(self) -> dict[str, Any]:
         """Whether ranks live and move, for ``GET /health``."""
@@ -317,7 +317,7 @@ class RouterController(RankLife):
 
     def state(self) -> dict[str, Any]:
         """What the policy knows, for ``GET /router/state``."""
-        found = self.frontend.snapshot()
+        found = self.policy.snapshot()
         found["alive"] = [bool(self.status[rank]) for rank in range(self.launch_dp_size)]
         found["suspects"] = self.suspects.quarantine.waiting
         found["quarantined"] = self.suspects.condemned
@@ -325,7 +325,7 @@ class RouterController(RankLife):
         found["decision_seconds"] = self._decision_seconds.snapshot()
         # For a router in front, which has one figure for when a rank is full and for what it is given.
         lowest = min(rank["batch_flops"] for rank in found["ranks"].values())
-        found["threshold_flops_per_layer"] = self.frontend.cost.threshold_per_layer(lowest)
+        found["threshold_flops_per_layer"] = self.policy.cost.threshold_per_layer(lowest)
         return found
 
 

@@ -27,7 +27,7 @@ from asyncep_sgl.router.probe import probe
 from asyncep_sgl.router.vigil import Vigil
 
 if TYPE_CHECKING:
-    from asyncep_router.policy import Frontend
+    from asyncep_router.routing_policy import RoutingPolicy
     from asyncep_sgl.router.suspects import Suspects
     from asyncep_sgl.strategies.base import Strategy
 
@@ -54,7 +54,7 @@ class RankLife(DataParallelController):  # type: ignore[misc] # upstream is unty
 
     config: AsyncEPConfig
     strategy: Strategy
-    frontend: Frontend
+    policy: RoutingPolicy
     suspects: Suspects
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -112,7 +112,7 @@ class RankLife(DataParallelController):  # type: ignore[misc] # upstream is unty
     def _join(self, rank: int) -> None:
         self.status[rank] = True
         self._refresh_active_workers()
-        self.frontend.rank_joined(
+        self.policy.rank_joined(
             rank,
             caches=not get_memory().disable_radix_cache,
             cache_tokens=self.max_total_num_tokens,
@@ -271,10 +271,10 @@ class RankLife(DataParallelController):  # type: ignore[misc] # upstream is unty
         return not self._paused and not self.strategy.may_stall
 
     def _has_work(self, rank: int) -> bool:
-        return rank in self._probing or bool(self.frontend.requests_in_flight(rank))
+        return rank in self._probing or bool(self.policy.requests_in_flight(rank))
 
     def _expected_seconds(self, rank: int) -> float | None:
-        account = self.frontend.ledger.account(rank)
+        account = self.policy.ledger.account(rank)
         return account.outstanding / account.flops_per_second if account.flops_per_second else None
 
     def _end(self, rank: int, pid: int, why: str) -> None:

@@ -13,7 +13,7 @@ HEALTH = b"health"
 
 
 def router_state(address: str) -> dict[str, Any]:
-    """Queue, ranks, counters, as `asyncep_router.policy.Frontend.snapshot` names them.
+    """Queue, ranks, counters, as `asyncep_router.routing_policy.RoutingPolicy.snapshot` names them.
 
     Raises:
         TimeoutError: the router does not answer.

@@ -16,7 +16,7 @@ from asyncep_sgl.router.quarantine import Quarantine, Remembered
 
 if TYPE_CHECKING:
     from asyncep_router.messages import Dispatch, Request
-    from asyncep_router.policy import Frontend
+    from asyncep_router.routing_policy import RoutingPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +38,13 @@ class Suspects:
     """Keeps a deadly request from killing twice as many ranks as it must, and from ending the server.
 
     Attributes:
-        frontend: the policy.
+        policy: of the router.
         answer: ends a request with a message and an HTTP status.
         fingerprint: of a request's payload.
         deaths: which count against the server.
     """
 
-    frontend: Frontend
+    policy: RoutingPolicy
     answer: Callable[[str, str, int], None]
     fingerprint: Callable[[Any], bytes]
     deaths: RankDeaths = field(default_factory=RankDeaths)
@@ -81,12 +81,12 @@ class Suspects:
         number = self.deaths.died(rank, now)
         begun = self._computing.pop(rank, {})
         computing = {rid for rids in begun.values() for rid in rids}
-        requests = {request.rid: request for request in self.frontend.rank_died(rank)}
+        requests = {request.rid: request for request in self.policy.rank_died(rank)}
         requests.update(self._recalled(rank, computing, now))
         pinned = {rid: request.pinned for rid, request in requests.items() if request.pinned is not None}
         death = self.quarantine.rank_died(rank, list(requests), computing, pinned, number, now)
         for rid in death.suspects:
-            self.frontend.set_aside(rid)
+            self.policy.set_aside(rid)
         if death.condemned is not None:
             self.deaths.explained(number)
             self._condemn(requests[death.condemned], now)
@@ -100,9 +100,9 @@ class Suspects:
         """A rank has been ended that somebody had stopped: what it had waits again. Returns how many requests."""
         self.deaths.died(rank, now)
         self._computing.pop(rank, None)
-        requests = self.frontend.rank_died(rank)
+        requests = self.policy.rank_died(rank)
         tried = self.quarantine.rank_was_stopped(rank)
-        if tried is not None and not self.frontend.set_aside(tried):
+        if tried is not None and not self.policy.set_aside(tried):
             self.quarantine.forget(tried)
         if self._reserved == rank:
             self._reserved = None
@@ -132,10 +132,10 @@ class Suspects:
         Returns:
             Those that were waiting, which nobody has answered, and whether the ranks are to be told.
         """
-        withdrawn = [request.rid for request in self.frontend.abort(rid, prefix=True, everything=everything)]
+        withdrawn = [request.rid for request in self.policy.abort(rid, prefix=True, everything=everything)]
         for name in withdrawn:
             self.quarantine.forget(name)
-        flying = self.frontend.in_flight(rid, everything=everything)
+        flying = self.policy.in_flight(rid, everything=everything)
         trial = self.quarantine.trial
         if trial is not None and trial[0] in flying and not everything:
             # Its answer goes to nobody, but whether it is deadly is worth knowing, and it is under way.
@@ -143,9 +143,9 @@ class Suspects:
             if not flying:
                 return withdrawn, False
         for name in flying:
-            rank, request = self.frontend.where(name), self.frontend.request(name)
+            rank, request = self.policy.where(name), self.policy.request(name)
             # A rank drops it without a word, or finishes it all the same; neither is charged any longer.
-            self.frontend.abandon(name)
+            self.policy.abandon(name)
             if everything:
                 self.quarantine.forget(name)
             if rank is not None and request is not None and len(self._abandoned) < _MOST_ABANDONED:
@@ -158,17 +158,17 @@ class Suspects:
         """Suspects that are to be sent now, and which rank is kept free for them. To be called before the policy."""
         if not self.quarantine.waiting and self._reserved is None:
             return []
-        loads = {rank: len(self.frontend.requests_in_flight(rank)) for rank in alive}
-        step = self.quarantine.step(loads, self.frontend.pending > 0, now)
+        loads = {rank: len(self.policy.requests_in_flight(rank)) for rank in alive}
+        step = self.quarantine.step(loads, self.policy.pending > 0, now)
         if step.reserved != self._reserved:
             if self._reserved in loads:
-                self.frontend.set_accepting(self._reserved, True)
+                self.policy.set_accepting(self._reserved, True)
             if step.reserved is not None:
-                self.frontend.set_accepting(step.reserved, False)
+                self.policy.set_accepting(step.reserved, False)
             self._reserved = step.reserved
         if step.trial is None or step.reserved is None:
             return []
-        dispatch = self.frontend.send_alone(step.trial, step.reserved, now)
+        dispatch = self.policy.send_alone(step.trial, step.reserved, now)
         if dispatch is None:
             self.quarantine.forget(step.trial)
             return []
@@ -187,7 +187,7 @@ class Suspects:
             if computing and rid not in computing:
                 continue
             try:
-                self.frontend.submit(request, now)
+                self.policy.submit(request, now)
             except (DuplicateRequestError, UnknownRankError):
                 continue
             found[rid] = request
@@ -200,12 +200,12 @@ class Suspects:
             self.deaths.explained(earlier)
         mark = self.fingerprint(request.payload)
         self.remembered.add(mark, now)
-        for other in self.frontend.requests_waiting():
+        for other in self.policy.requests_waiting():
             same = other is request or (
                 other.token_ids == request.token_ids and self.fingerprint(other.payload) == mark
             )
             if same:
-                self.frontend.abort(other.rid)
+                self.policy.abort(other.rid)
                 self.quarantine.forget(other.rid)
                 self.condemned += 1
                 logger.error("request %s: %s", other.rid, QUARANTINED)

@@ -1,4 +1,4 @@
-"""What other routers do, for comparison in the simulator: a rank for every request on arrival.
+"""What other routers do, for comparison: a rank for every request on arrival.
 
 `loads` is the number of requests sent to each rank and not yet finished: all that these policies look at.
 `cache_aware` follows sglang_router's documented behaviour and defaults (threshold 0.3, absolute 64,
@@ -8,14 +8,18 @@ relative 1.5); it is written from the description, on token ids where the origin
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Protocol
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Protocol
 
 from asyncep_router.block_view import BlockView
+from asyncep_router.errors import ConfigError, DuplicateRequestError, UnknownRankError
 from asyncep_router.messages import BatchReport, Dispatch, Reason, Request
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    from asyncep_router.cost import ModelCost
 
 
 class Baseline(Protocol):
@@ -89,26 +93,165 @@ class CacheAware:
         return rank
 
 
-class Immediate:
-    """Gives a baseline the frontend's shape: submit, poll, report. Charges nothing and holds nothing back."""
+class BaselinePolicy:
+    """Another router's choice as a `Policy`: a rank at once for every request, nothing held back while any accepts.
 
-    def __init__(self, baseline: Baseline, ranks: int) -> None:
-        self._baseline = baseline
-        self._loads = [0] * ranks
-        self._out: list[Dispatch] = []
+    Baselines number ranks from 0 without gaps, so one is made anew whenever the accepting ranks change; `cache_aware`
+    then starts with an empty tree.
+
+    `cost`: charges requests, for those who look; None charges nothing.
+    """
+
+    def __init__(self, make: Callable[[], Baseline], cost: ModelCost | None = None, ranks: int = 0) -> None:
+        self._cost = cost
+        self._make = make
+        self._baseline: Baseline = make()
+        self._ranks: list[int] = []  # accepting, ascending
+        self._known: set[int] = set()
+        self._trial: set[int] = set()
+        self._waiting: OrderedDict[str, Request] = OrderedDict()
+        self._flying: dict[str, tuple[int, int, Request]] = {}  # rid -> rank, FLOPs, the request
+        self._load: dict[int, int] = {}
+        self._flops: dict[int, int] = {}
+        self._dispatched = 0
+        self._finished = 0
+        self._cached = 0
+        for rank in range(ranks):
+            self.rank_joined(rank)
+
+    @property
+    def cost(self) -> ModelCost:
+        """The model's. Raises `ConfigError` where there is none."""
+        if self._cost is None:
+            raise ConfigError("this policy was made without a cost model")
+        return self._cost
+
+    @cost.setter
+    def cost(self, cost: ModelCost) -> None:
+        self._cost = cost
+
+    @property
+    def pending(self) -> int:
+        """Requests that wait for a rank to accept."""
+        return len(self._waiting)
+
+    def rank_joined(
+        self,
+        rank: int,
+        *,
+        caches: bool = True,
+        cache_tokens: int | None = None,
+        gathers: bool = False,
+        threshold: float | None = None,
+    ) -> None:
+        """See `Policy`; all that it says of the rank's cache and T is ignored."""
+        del caches, cache_tokens, gathers, threshold
+        if rank < 0:
+            raise UnknownRankError(f"rank {rank} is below 0")
+        self._known.add(rank)
+        self._load.setdefault(rank, 0)
+        self._flops.setdefault(rank, 0)
+        self.set_accepting(rank, True)
+
+    def rank_died(self, rank: int) -> list[Request]:
+        """See `Policy`."""
+        self.set_accepting(rank, False)
+        lost = [(rid, request) for rid, (where, _, request) in self._flying.items() if where == rank]
+        for rid, request in lost:
+            self.abandon(rid)
+            self._waiting[rid] = request
+        for rid, _ in reversed(lost):
+            self._waiting.move_to_end(rid, last=False)
+        return [request for _, request in lost]
+
+    def set_accepting(self, rank: int, accepting: bool, *, trial: bool = False) -> None:
+        """See `Policy`."""
+        if rank not in self._known:
+            raise UnknownRankError(f"rank {rank} never joined")
+        (self._trial.add if trial and accepting else self._trial.discard)(rank)
+        ranks = sorted({*self._ranks, rank} if accepting else {*self._ranks} - {rank})
+        if ranks != self._ranks:
+            self._ranks = ranks
+            self._baseline = self._make()
+
+    def cache_cleared(self, rank: int) -> None:
+        """Their views have no such thing; wrong hints age out."""
 
     def submit(self, request: Request, now: float) -> None:
-        rank = self._baseline.choose(request.token_ids, self._loads)
-        self._loads[rank] += 1
-        waited = now - request.arrival
-        self._out.append(Dispatch(request.rid, rank, Reason.FILL, 0, 0, waited, request))
+        """See `Policy`."""
+        if request.rid in self._waiting or request.rid in self._flying:
+            raise DuplicateRequestError(f"{request.rid!r} is pending or in flight already")
+        if request.pinned is not None and request.pinned not in self._known:
+            raise UnknownRankError(f"{request.rid!r} asks for rank {request.pinned}, which never joined")
+        self._waiting[request.rid] = request
 
     def poll(self, now: float) -> list[Dispatch]:
-        out, self._out = self._out, []
+        """See `Policy`."""
+        out: list[Dispatch] = []
+        for request in list(self._waiting.values()) if self._ranks else ():
+            rank = request.pinned
+            if rank is None:
+                rank = self._ranks[self._baseline.choose(request.token_ids, [self._load[r] for r in self._ranks])]
+            if rank not in self._ranks or (rank in self._trial and self._load[rank]):
+                continue
+            del self._waiting[request.rid]
+            flops = 0 if self._cost is None else max(1, self._cost.flops(len(request.token_ids), 0, request.logits))
+            self._flying[request.rid] = (rank, flops, request)
+            self._load[rank] += 1
+            self._flops[rank] += flops
+            self._dispatched += 1
+            reason = Reason.FILL if request.pinned is None else Reason.PINNED
+            out.append(Dispatch(request.rid, rank, reason, 0, flops, now - request.arrival, request))
         return out
 
-    def report(self, report: BatchReport, now: float) -> None:
-        self._loads[report.rank] -= len(report.rids)
-
     def next_wakeup(self, now: float) -> float | None:
+        """Never: whatever happens is an event."""
         return None
+
+    def report(self, report: BatchReport, now: float) -> None:
+        """See `Policy`."""
+        for rid in report.rids:
+            if self.abandon(rid):
+                self._finished += 1
+        self._cached += sum(report.cached.values())
+
+    def abandon(self, rid: str) -> bool:
+        """See `Policy`."""
+        where = self._flying.pop(rid, None)
+        if where is None:
+            return False
+        rank, flops, _ = where
+        self._load[rank] -= 1
+        self._flops[rank] -= flops
+        return True
+
+    def abort(self, rid: str = "", *, prefix: bool = False, everything: bool = False) -> list[Request]:
+        """See `Policy`."""
+        gone = [name for name in self._waiting if everything or name == rid or (prefix and name.startswith(rid))]
+        return [self._waiting.pop(name) for name in gone]
+
+    def outstanding(self, rank: int) -> int:
+        """FLOPs a rank has in flight, by whole prompts."""
+        return self._flops[rank]
+
+    def threshold(self, rank: int) -> float:
+        """Nothing is held back."""
+        del rank
+        return 0.0
+
+    def snapshot(self) -> dict[str, Any]:
+        """See `Policy`."""
+        return {
+            "pending": self.pending,
+            "dispatched": self._dispatched,
+            "finished": self._finished,
+            "cached_tokens": self._cached,
+            "ranks": {
+                rank: {
+                    "accepting": rank in self._ranks,
+                    "outstanding_flops": self._flops[rank],
+                    "requests_in_flight": self._load[rank],
+                }
+                for rank in sorted(self._known)
+            },
+        }

@@ -30,8 +30,8 @@ from asyncep_router.errors import IntegrityError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from asyncep_router.pending import Entry, PendingQueue
     from asyncep_router.prefix import PrefixMatch
+    from asyncep_router.prefix_queue import Entry, PrefixQueue
 
 
 class _Owner:
@@ -50,7 +50,7 @@ class Flow:
 
     __slots__ = ("key", "owner", "pinned", "queue", "start")
 
-    def __init__(self, owner: _Owner, key: tuple[str, str], queue: PendingQueue) -> None:
+    def __init__(self, owner: _Owner, key: tuple[str, str], queue: PrefixQueue) -> None:
         self.owner = owner
         self.key = key
         self.queue = queue
@@ -76,7 +76,7 @@ class Level:
     `make_queue` makes an empty queue. `match` says what the ranks hold of a request now.
     """
 
-    def __init__(self, make_queue: Callable[[], PendingQueue], match: Callable[[Entry], PrefixMatch]) -> None:
+    def __init__(self, make_queue: Callable[[], PrefixQueue], match: Callable[[Entry], PrefixMatch]) -> None:
         self._make_queue = make_queue
         self._match = match
         self.quick = make_queue()
@@ -92,7 +92,7 @@ class Level:
     def __len__(self) -> int:
         return len(self.quick) + self._pinned_quick + self.bulk
 
-    def queues(self) -> Iterator[PendingQueue]:
+    def queues(self) -> Iterator[PrefixQueue]:
         """The quick one and those of all flows."""
         yield self.quick
         for flow in self.flows.values():
@@ -133,7 +133,7 @@ class Level:
         self._forget(entry)
 
     def serve(self, entry: Entry, rank: int) -> int:
-        """`PendingQueue.serve` of the queue that has it."""
+        """`PrefixQueue.serve` of the queue that has it."""
         claimed = 0
         if entry.queue is not None:
             claimed = entry.queue.serve(entry, rank)
@@ -211,7 +211,7 @@ class Level:
         self.bulk += 1
         self._file(entry, flow.queue)
 
-    def _file(self, entry: Entry, queue: PendingQueue) -> None:
+    def _file(self, entry: Entry, queue: PrefixQueue) -> None:
         """Into a queue, or aside if it names its rank."""
         rank = entry.request.pinned
         if rank is None:

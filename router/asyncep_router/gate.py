@@ -18,6 +18,9 @@ import math
 
 from asyncep_router.errors import ConfigError, IntegrityError, UnknownRankError
 
+# On trial a rank counts as full from this many FLOPs on: one request at a time.
+_TRIAL_FLOPS = 1.0
+
 
 class Gate:
     """Sets of ranks by how full they are; `note` keeps them up to date.
@@ -33,6 +36,7 @@ class Gate:
         self._least_batch = least_batch
         self._most_requests = most_requests
         self._threshold: dict[int, float] = {}
+        self._trial = 0
         self._outstanding: dict[int, int] = {}
         self._quick: dict[int, int] = {}
         self._crowded = 0
@@ -67,6 +71,12 @@ class Gate:
         self._sort(rank)
         self._add_up()
 
+    def set_trial(self, rank: int, trial: bool) -> None:
+        """A rank that is on trial takes one request at a time."""
+        self._trial = self._trial & ~(1 << rank) | (trial << rank)
+        self._sort(rank)
+        self._add_up()
+
     def threshold(self, rank: int) -> float:
         """T of a rank, FLOPs of a whole pass. Raises `UnknownRankError`."""
         try:
@@ -76,11 +86,12 @@ class Gate:
 
     def batch(self, rank: int) -> float:
         """FLOPs of a batch of a rank that has enough to do. Raises `UnknownRankError`."""
-        return max(self.threshold(rank), self._least_batch)
+        threshold = self.threshold(rank)
+        return _TRIAL_FLOPS if self._trial >> rank & 1 else max(threshold, self._least_batch)
 
     def limit(self, rank: int) -> float:
         """FLOPs from which on a rank is given no more. Raises `UnknownRankError`."""
-        return self.batch(rank) * self._target
+        return self.batch(rank) if self._trial >> rank & 1 else self.batch(rank) * self._target
 
     def note(self, rank: int, outstanding: int, requests: int, quick: int, quick_requests: int) -> None:
         """The rank's outstanding FLOPs and requests changed; `quick` and `quick_requests` are those that pass bulk."""
@@ -114,7 +125,7 @@ class Gate:
         others = ~bit
         here = self.alive & bit
         load = self._outstanding.get(rank, 0)
-        threshold = self._threshold[rank]
+        threshold = min(self._threshold[rank], self.batch(rank))
         room = here & ~self._crowded
         self.idle = self.idle & others | (here if load <= 0 else 0)
         self.unsaturated = self.unsaturated & others | (room if load < threshold else 0)

@@ -33,7 +33,7 @@ def histogram(name: str, text: str, durations: Mapping[str, Any]) -> HistogramMe
 def placement_families(
     snapshot: Mapping[str, Any], labels: Sequence[str], places: Mapping[str, Sequence[str]]
 ) -> Iterator[Metric]:
-    """Families from `Frontend.snapshot` (or what another policy has of it).
+    """Families from `RoutingPolicy.snapshot` (or what another policy has of it).
 
     `labels`: names of the labels of a rank. `places`: by the rank's number as a string, their values; a rank that is
     not in there is left out.

@@ -15,7 +15,7 @@ from asyncep_router.block_view import BlockView
 from asyncep_router.config import Limits
 from asyncep_router.errors import ConfigError
 from asyncep_router.messages import BatchReport, Dispatch, Reason, Request
-from asyncep_router.policy import Frontend
+from asyncep_router.routing_policy import RoutingPolicy
 
 BLOCK = 16
 THOUSAND = COST.flops(1000)
@@ -26,7 +26,8 @@ class House:
     """A frontend with ranks that compute a batch each per step, oldest first, and what was sent in which order."""
 
     def __init__(self, ranks: int = 1, **limits: Any) -> None:
-        self.front = Frontend(COST, BlockView(10**7, BLOCK), Limits(block=BLOCK, default_threshold=BATCH, **limits))
+        settings = Limits(block=BLOCK, default_threshold=BATCH, **limits)
+        self.front = RoutingPolicy(COST, BlockView(10**7, BLOCK), settings)
         self.ranks = ranks
         self.now = 0.0
         self.sent: list[Dispatch] = []

@@ -14,7 +14,7 @@ from asyncep_router.config import Limits
 from asyncep_router.durations import Durations
 from asyncep_router.messages import BatchReport, Request
 from asyncep_router.metrics import histogram, placement_families
-from asyncep_router.policy import Frontend
+from asyncep_router.routing_policy import RoutingPolicy
 
 
 def read(*families: object) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -46,7 +46,7 @@ def test_a_histogram_counts_what_it_saw_also_by_way_of_json() -> None:
 
 
 def test_a_frontends_families_are_its_books() -> None:
-    front = Frontend(COST, BlockView(10**6, 16), Limits(block=16, default_threshold=COST.flops(4000)))
+    front = RoutingPolicy(COST, BlockView(10**6, 16), Limits(block=16, default_threshold=COST.flops(4000)))
     for rank in range(2):
         front.rank_joined(rank)
     for i in range(3):

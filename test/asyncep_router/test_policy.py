@@ -16,14 +16,14 @@ from asyncep_router.config import Limits
 from asyncep_router.cost import ModelCost
 from asyncep_router.errors import ConfigError, DuplicateRequestError, UnknownRankError
 from asyncep_router.messages import BatchReport, Dispatch, Reason, Request
-from asyncep_router.policy import Frontend
+from asyncep_router.routing_policy import RoutingPolicy
 
 BLOCK = 16
 THOUSAND = COST.flops(1000)
 
 
-def frontend(ranks: int = 2, threshold: float = 4 * THOUSAND, gathers: bool = False, **limits: Any) -> Frontend:
-    front = Frontend(COST, BlockView(10**7, BLOCK), Limits(block=BLOCK, default_threshold=threshold, **limits))
+def frontend(ranks: int = 2, threshold: float = 4 * THOUSAND, gathers: bool = False, **limits: Any) -> RoutingPolicy:
+    front = RoutingPolicy(COST, BlockView(10**7, BLOCK), Limits(block=BLOCK, default_threshold=threshold, **limits))
     for rank in range(ranks):
         front.rank_joined(rank, gathers=gathers)
     return front
@@ -38,7 +38,7 @@ def request(rid: str, tokens: array[int], at: float = 0.0, **more: Any) -> Reque
     return Request(rid, tokens, at, **more)
 
 
-def run(front: Frontend, *requests: Request, now: float = 0.0) -> list[Dispatch]:
+def run(front: RoutingPolicy, *requests: Request, now: float = 0.0) -> list[Dispatch]:
     for each in requests:
         front.submit(each, now)
     sent = front.poll(now)
@@ -46,7 +46,7 @@ def run(front: Frontend, *requests: Request, now: float = 0.0) -> list[Dispatch]
     return sent
 
 
-def done(front: Frontend, *sent: Dispatch, now: float = 0.0) -> None:
+def done(front: RoutingPolicy, *sent: Dispatch, now: float = 0.0) -> None:
     for each in sent:
         front.report(BatchReport(each.rank, (each.rid,), each.flops, 1.0), now)
 
@@ -423,7 +423,7 @@ def test_a_model_that_becomes_known_later_decides_alone(groups: list[tuple[int, 
     """The router in front of servers starts with a stand-in for the model it will serve."""
     stand_in = ModelCost.from_config({**SMALL_MOE, "hidden_size": 40 * SMALL_MOE["hidden_size"]})
     fronts = [
-        Frontend(cost, BlockView(10**7, BLOCK), Limits(block=BLOCK, default_threshold=THOUSAND, await_share=share))
+        RoutingPolicy(cost, BlockView(10**7, BLOCK), Limits(block=BLOCK, default_threshold=THOUSAND, await_share=share))
         for cost in (COST, stand_in)
     ]
     fronts[1].cost = COST

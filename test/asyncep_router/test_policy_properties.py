@@ -14,7 +14,7 @@ from small_moe import COST
 from asyncep_router.block_view import BlockView
 from asyncep_router.config import Limits
 from asyncep_router.messages import BatchReport, Dispatch, Request
-from asyncep_router.policy import Frontend
+from asyncep_router.routing_policy import RoutingPolicy
 
 if TYPE_CHECKING:
     from asyncep_router.prefix import PrefixView
@@ -45,7 +45,7 @@ class FrontendMachine(RuleBasedStateMachine):
             least_batch=self.least_batch,
             ranks_let_pass=self.ranks_let_pass,
         )
-        self.fronts = [Frontend(COST, self.view(), limits) for _ in range(2)]
+        self.fronts = [RoutingPolicy(COST, self.view(), limits) for _ in range(2)]
         self.now = 0.0
         self.next = 0
         self.waiting: dict[str, Request] = {}
@@ -207,7 +207,7 @@ class FrontendMachine(RuleBasedStateMachine):
         self.flying[rid] = sent[0]
         self.sent_at[rid] = self.now
 
-    def _send_alone(self, front: Frontend, rid: str, rank: int, accepting: bool) -> Dispatch:
+    def _send_alone(self, front: RoutingPolicy, rid: str, rank: int, accepting: bool) -> Dispatch:
         """Whether the rank takes work does not matter, before or after."""
         if rank in self.alive and not accepting:
             front.set_accepting(rank, False)

@@ -1,6 +1,6 @@
 """Runs requests through placement and executors to the end, event by event at the level of batches.
 
-Placement is the router's own: a `Frontend` (or one of `baselines`) decides, lanes only execute. Within a batch the
+Placement is the router's own: a `RoutingPolicy` (or one of `baselines`) decides, lanes only execute. Within a batch the
 executors compute in closed form or by exact recurrences.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import simpy
 
@@ -17,21 +17,13 @@ from asyncep.sim.errors import SimulationError
 from asyncep.sim.lane import Cut, Lane, Waiting
 from asyncep.sim.strategies import Executor
 from asyncep.sim.workloads import TimedPrompt
-from asyncep_router.baselines import Immediate, RoundRobin
+from asyncep_router.baselines import BaselinePolicy, RoundRobin
 from asyncep_router.block_chain import block_chain
 from asyncep_router.block_view import BlockView
 from asyncep_router.config import Limits
-from asyncep_router.messages import BatchReport, Dispatch, Request
-from asyncep_router.policy import Frontend
-
-
-class Placer(Protocol):
-    """What `Frontend` and `baselines.Immediate` have in common."""
-
-    def submit(self, request: Request, now: float) -> None: ...
-    def poll(self, now: float) -> list[Dispatch]: ...
-    def report(self, report: BatchReport, now: float) -> Any: ...
-    def next_wakeup(self, now: float) -> float | None: ...
+from asyncep_router.messages import BatchReport, Request
+from asyncep_router.policy import Policy
+from asyncep_router.routing_policy import RoutingPolicy
 
 
 @dataclass(frozen=True)
@@ -106,7 +98,7 @@ class _Clock:
 
 
 class _Run:
-    def __init__(self, deployment: Deployment, prompts: Sequence[TimedPrompt], placer: Placer | None) -> None:
+    def __init__(self, deployment: Deployment, prompts: Sequence[TimedPrompt], policy: Policy | None) -> None:
         self.env = simpy.Environment()
         self.deployment = deployment
         self.prompts = prompts
@@ -116,7 +108,7 @@ class _Run:
             clock = _Clock(self, executor, len(self.where))
             self.clocks.append(clock)
             self.where.extend((clock, lane) for lane in range(executor.lanes))
-        self.placer: Placer = placer or Immediate(RoundRobin(), len(self.where))
+        self.policy: Policy = policy or BaselinePolicy(RoundRobin, ranks=len(self.where))
         self.latencies: list[float] = []
         self.arrival: dict[str, float] = {}
         self.cached = 0
@@ -132,17 +124,17 @@ class _Run:
         for rid in cut.finished:
             self.latencies.append(now - self.arrival.pop(rid))
             self.cached += cut.cached[rid]
-        self.placer.report(BatchReport(rank, tuple(cut.finished), cut.work.flops, end - start, cut.cached), now)
+        self.policy.report(BatchReport(rank, tuple(cut.finished), cut.work.flops, end - start, cut.cached), now)
         self.dispatch()
 
     def dispatch(self) -> None:
         page = self.deployment.limits.page
-        for dispatch in self.placer.poll(self.env.now):
+        for dispatch in self.policy.poll(self.env.now):
             clock, lane = self.where[dispatch.rank]
             tokens = dispatch.request.token_ids
             chain = block_chain(tokens, page) if clock.lanes[lane].cache is not None else ()
             clock.push(lane, Waiting(dispatch.rid, len(tokens), chain))
-        wakeup = self.placer.next_wakeup(self.env.now)
+        wakeup = self.policy.next_wakeup(self.env.now)
         if wakeup is not None and (wakeup < self._alarm or self._alarm <= self.env.now):
             self._alarm = wakeup
             self.env.process(self._ring(wakeup))
@@ -162,7 +154,7 @@ class _Run:
                 prompt = self.prompts[position]
                 rid = f"r{position}"
                 self.arrival[rid] = prompt.arrival
-                self.placer.submit(Request(rid, prompt.token_ids, prompt.arrival), now)
+                self.policy.submit(Request(rid, prompt.token_ids, prompt.arrival), now)
                 position += 1
             self.dispatch()
 
@@ -195,7 +187,7 @@ class _Run:
         )
 
 
-def frontend(deployment: Deployment, lanes: int, **limits: Any) -> Frontend:
+def frontend(deployment: Deployment, lanes: int, **limits: Any) -> RoutingPolicy:
     """The router's policy for a deployment: its T, its caches. `limits` are `Limits`' fields.
 
     A pipeline needs a batch for every stage, and the next one, where a rank needs two.
@@ -203,25 +195,25 @@ def frontend(deployment: Deployment, lanes: int, **limits: Any) -> Frontend:
     page = deployment.limits.page
     under_way = deployment.group + 1 if deployment.strategy == "pp" else 2
     settings: dict[str, Any] = {"block": page, "inflight_target": under_way, **limits}
-    placer = Frontend(deployment.model.cost, BlockView(1 << 40, page), Limits(**settings))
+    policy = RoutingPolicy(deployment.model.cost, BlockView(1 << 40, page), Limits(**settings))
     for rank in range(lanes):
         caches = deployment.limits.cache_tokens >= page
-        placer.rank_joined(
+        policy.rank_joined(
             rank,
             caches=caches,
             cache_tokens=deployment.limits.cache_tokens if caches else None,
             gathers=deployment.strategy.startswith("asyncep"),
         )
-        placer.set_threshold(rank, deployment.threshold)
-    return placer
+        policy.set_threshold(rank, deployment.threshold)
+    return policy
 
 
-def simulate(deployment: Deployment, prompts: Sequence[TimedPrompt], placer: Placer | None = None) -> Result:
-    """Run prompts (in order of arrival) to the end. `placer`: round robin over lanes by default. Raises
+def simulate(deployment: Deployment, prompts: Sequence[TimedPrompt], policy: Policy | None = None) -> Result:
+    """Run prompts (in order of arrival) to the end. `policy`: round robin over lanes by default. Raises
     `SimulationError`."""
     if not prompts:
         raise SimulationError("no requests to simulate")
-    return _Run(deployment, prompts, placer).run()
+    return _Run(deployment, prompts, policy).run()
 
 
 def simulate_routed(deployment: Deployment, prompts: Sequence[TimedPrompt], **limits: Any) -> Result:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import simpy
 
@@ -27,15 +27,7 @@ if TYPE_CHECKING:
 
     from asyncep.sim.workloads import TimedPrompt
     from asyncep_router.cost import ModelCost
-
-
-class Placer(Protocol):
-    """What `Frontend` and `baselines.Immediate` have in common."""
-
-    def submit(self, request: Request, now: float) -> None: ...
-    def poll(self, now: float) -> list[Dispatch]: ...
-    def report(self, report: BatchReport, now: float) -> Any: ...
-    def next_wakeup(self, now: float) -> float | None: ...
+    from asyncep_router.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -121,7 +113,7 @@ class _Rank:
                 sim.latencies.append(sim.env.now - dispatch.request.arrival)
             sim.ended = sim.env.now
             rids = tuple(dispatch.rid for dispatch in batch)
-            sim.placer.report(BatchReport(self.index, rids, flops, seconds, cached), sim.env.now)
+            sim.policy.report(BatchReport(self.index, rids, flops, seconds, cached), sim.env.now)
             sim.dispatch()
 
     def _cut(self) -> tuple[list[Dispatch], int, dict[str, int]]:
@@ -152,11 +144,11 @@ class _Rank:
 
 class _Simulation:
     def __init__(
-        self, prompts: Sequence[TimedPrompt], placer: Placer, ranks: int, model: RankModel, cost: ModelCost
+        self, prompts: Sequence[TimedPrompt], policy: Policy, ranks: int, model: RankModel, cost: ModelCost
     ) -> None:
         self.env = simpy.Environment()
         self.prompts = prompts
-        self.placer = placer
+        self.policy = policy
         self.model = model
         self.cost = cost
         self.requests = {
@@ -176,10 +168,10 @@ class _Simulation:
         self.prefix_tokens += max(0, _whole(self.by_rid[dispatch.rid].shared, self.model.page) - held)
 
     def dispatch(self) -> None:
-        """Ask the placer, hand out what it says, and set an alarm for when it wants to be asked again."""
-        for dispatch in self.placer.poll(self.env.now):
+        """Ask the policy, hand out what it says, and set an alarm for when it wants to be asked again."""
+        for dispatch in self.policy.poll(self.env.now):
             self.ranks[dispatch.rank].push(dispatch)
-        wakeup = self.placer.next_wakeup(self.env.now)
+        wakeup = self.policy.next_wakeup(self.env.now)
         if wakeup is not None and (wakeup < self._alarm or self._alarm <= self.env.now):
             self._alarm = wakeup
             self.env.process(self._ring(wakeup))
@@ -196,7 +188,7 @@ class _Simulation:
                 yield self.env.timeout(request.arrival - self.env.now)
             now = self.env.now
             while request is not None and request.arrival <= now:
-                self.placer.submit(request, now)
+                self.policy.submit(request, now)
                 request = next(requests, None)
             self.dispatch()
 
@@ -225,9 +217,9 @@ class _Simulation:
         )
 
 
-def simulate(prompts: Sequence[TimedPrompt], placer: Placer, ranks: int, model: RankModel, cost: ModelCost) -> Result:
-    """Run prompts (in order of arrival) through a placer and `ranks` equal ranks to the end."""
-    return _Simulation(prompts, placer, ranks, model, cost).run()
+def simulate(prompts: Sequence[TimedPrompt], policy: Policy, ranks: int, model: RankModel, cost: ModelCost) -> Result:
+    """Run prompts (in order of arrival) through a policy and `ranks` equal ranks to the end."""
+    return _Simulation(prompts, policy, ranks, model, cost).run()
 
 
 def shared_once(prompts: Sequence[TimedPrompt], page: int) -> int:

@@ -93,7 +93,7 @@ class Admin:
 
     async def _loads(self, request: web.BaseRequest, caller: Caller) -> _Answer:
         workers = [{"worker": worker.url, "load": worker.active} for worker in self._router.fleet.workers.values()]
-        return 200, orjson.dumps({"workers": workers, "pending": self._router.desk.placement.pending})
+        return 200, orjson.dumps({"workers": workers, "pending": self._router.desk.policy.pending})
 
     # Workers
 
@@ -177,7 +177,7 @@ class Admin:
         for worker in self._router.fleet.workers.values():
             if answers.get(worker.url, (0, b""))[0] == 200:
                 for rank in worker.ranks:
-                    self._router.desk.placement.forget_cache(rank)
+                    self._router.desk.policy.cache_cleared(rank)
         flushed = {url: status for url, (status, _) in answers.items()}
         done = bool(flushed) and all(status == 200 for status in flushed.values())
         return 200 if done else 502, orjson.dumps({"flushed": flushed})

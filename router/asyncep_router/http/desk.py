@@ -1,4 +1,4 @@
-"""Where requests wait for a rank: the pure placement made awaitable. One event loop, no threads."""
+"""Where requests wait for a rank: the pure policy made awaitable. One event loop, no threads."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import time
 from typing import TYPE_CHECKING
 
 from asyncep_router.http.errors import NoWorker, QueueTimeout, Refusal
+from asyncep_router.messages import BatchReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from asyncep_router.http.placement import Placement
     from asyncep_router.messages import Dispatch, Request
+    from asyncep_router.policy import Policy
 
 
 class Waiter:
@@ -42,10 +43,10 @@ class Waiter:
         """Whether any prompt still waits or was not taken out by `take`."""
         return self._expected > 0
 
-    def abandon_arrived(self, placement: Placement) -> None:
+    def abandon_arrived(self, policy: Policy) -> None:
         """Give back what was dispatched and never taken."""
         for dispatch in self._arrived:
-            placement.abandon(dispatch.rid)
+            policy.abandon(dispatch.rid)
         self._arrived = []
 
     async def take(self, until: float) -> list[Dispatch]:
@@ -77,8 +78,8 @@ class Desk:
     `on_decision` sees every dispatch and the seconds its decision took.
     """
 
-    def __init__(self, placement: Placement, on_decision: Callable[[Dispatch], None]) -> None:
-        self.placement = placement
+    def __init__(self, policy: Policy, on_decision: Callable[[Dispatch], None]) -> None:
+        self.policy = policy
         self._on_decision = on_decision
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -101,7 +102,7 @@ class Desk:
         started = time.perf_counter()
         for request in requests:
             request.payload = waiter
-            self.placement.submit(request, now)
+            self.policy.submit(request, now)
         self.pump(now)
         self.on_latency(time.perf_counter() - started)
         return waiter
@@ -110,37 +111,38 @@ class Desk:
         """Its client no longer waits: nothing of it stays here, and what was not taken is given back."""
         if waiter.open:
             for request in waiter.requests:
-                self.placement.withdraw(request.rid)
-            waiter.abandon_arrived(self.placement)
+                self.policy.abort(request.rid)
+            waiter.abandon_arrived(self.policy)
             self.pump()
 
     def settle(self, rank: int, cached: dict[str, int | None]) -> None:
         """Requests were answered."""
         now = self.now()
-        self.placement.settle(rank, cached, now)
+        found = {rid: tokens for rid, tokens in cached.items() if tokens is not None}
+        self.policy.report(BatchReport(rank, tuple(cached), cached=found), now)
         self.pump(now)
 
     def abandon(self, rids: Sequence[str]) -> None:
         """Requests were sent and will not be answered."""
         for rid in rids:
-            self.placement.abandon(rid)
+            self.policy.abandon(rid)
         self.pump()
 
     def refuse(self, refusal: NoWorker | None) -> None:
         """From now on refuse everything, what waits included; None: serve again."""
         self.refusal = refusal
         if refusal is not None:
-            for request in self.placement.withdraw_all():
+            for request in self.policy.abort(everything=True):
                 request.payload.fail(refusal)
 
     def pump(self, now: float | None = None) -> None:
         """Send off what can go. Call after anything that may have made room."""
         if now is None:
             now = self.now()
-        for dispatch in self.placement.poll(now):
+        for dispatch in self.policy.poll(now):
             self._on_decision(dispatch)
             dispatch.request.payload.deliver(dispatch)
-        self._arm(self.placement.next_wakeup(now))
+        self._arm(self.policy.next_wakeup(now))
 
     def _arm(self, at: float | None) -> None:
         if self._timer is not None:

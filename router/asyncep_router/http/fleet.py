@@ -310,13 +310,20 @@ class Fleet:
             # The lowest free number: rank sets are bits of an integer and should stay short.
             rank = next(number for number in range(len(self.by_rank) + 1) if number not in self.by_rank)
             self.by_rank[rank] = (worker, dp_rank)
-            self._desk.placement.join(rank, threshold, info.cache_tokens, info.caches, info.gathers)
+            self._desk.policy.rank_joined(
+                rank,
+                caches=info.caches,
+                cache_tokens=info.cache_tokens,
+                gathers=info.gathers,
+                threshold=threshold,
+            )
+            self._desk.policy.set_accepting(rank, False)
             ranks.append(rank)
         worker.ranks = tuple(ranks)
 
     def _threshold(self, info: WorkerInfo) -> float:
         """T of each of its ranks, FLOPs of a whole pass."""
-        cost = self._desk.placement.cost
+        cost = self._desk.policy.cost
         if self._options.threshold_tokens:
             return float(self._options.threshold_tokens * cost.linear_flops_per_token)
         if info.layer_threshold:
@@ -325,14 +332,14 @@ class Fleet:
 
     def _leave(self, worker: Worker) -> None:
         for rank in worker.ranks:
-            self._desk.placement.leave(rank)
+            self._desk.policy.rank_died(rank)
             del self.by_rank[rank]
         worker.ranks = ()
 
     def _update(self, worker: Worker) -> None:
         trial = worker.breaker.state is BreakerState.HALF_OPEN
         for rank in worker.ranks:
-            self._desk.placement.accept(rank, worker.accepting, trial)
+            self._desk.policy.set_accepting(rank, worker.accepting, trial=trial)
         self._refuse_if_hopeless()
         self._desk.pump()
 

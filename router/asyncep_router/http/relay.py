@@ -273,7 +273,7 @@ class Relay:
         fitting = [rank for rank, (worker, dp) in self._fleet.by_rank.items() if dp == dp_rank and worker.accepting]
         if not fitting:
             raise BadRequest(f"routed_dp_rank {dp_rank}: no worker has that rank")
-        return min(fitting, key=self._desk.placement.outstanding)
+        return min(fitting, key=self._desk.policy.outstanding)
 
     def _elsewhere(self, plan: Plan, trial: Trial) -> int | None:
         """Of the ranks behind workers where the request has not failed, the one with the least to do; None if there
@@ -285,7 +285,7 @@ class Relay:
             for rank, (worker, _) in self._fleet.by_rank.items()
             if worker.accepting and worker.id not in trial.failed
         ]
-        return min(fitting, key=self._desk.placement.outstanding, default=None)
+        return min(fitting, key=self._desk.policy.outstanding, default=None)
 
     def _until(self, most: float = float("inf")) -> float:
         return self._desk.now() + min(self._patience, most)

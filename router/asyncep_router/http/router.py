@@ -1,4 +1,4 @@
-"""The router put together: placement, desk, fleet, relay, metrics. No HTTP server in here."""
+"""The router put together: policy, desk, fleet, relay, metrics. No HTTP server in here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from asyncep_router.http.desk import Desk
 from asyncep_router.http.fleet import Fleet
 from asyncep_router.http.metrics import Metrics
 from asyncep_router.http.model import load_cost, stand_in
-from asyncep_router.http.placement import make_placement
+from asyncep_router.http.policies import make_policy
 from asyncep_router.http.public import public_name
 from asyncep_router.http.relay import Relay
 from asyncep_router.http.tokenizer import Tokenizer, choose
@@ -35,7 +35,7 @@ class Router:
         self.options = options
         self.metrics = Metrics(options.prometheus_duration_buckets)
         self.session = make_session()
-        self.desk = Desk(make_placement(options, stand_in()), self._decided)
+        self.desk = Desk(make_policy(options, stand_in()), self._decided)
         self.desk.on_latency = self.metrics.decision.observe
         self.fleet = Fleet(options, self.desk, self.session, self.metrics, self._learn)
         unlimited = options.max_concurrent_requests < 0
@@ -89,7 +89,7 @@ class Router:
 
     def state(self) -> dict[str, Any]:
         """`GET /router/state`."""
-        placement = self.desk.placement.snapshot()
+        placement = self.desk.policy.snapshot()
         return {
             "policy": self.options.policy,
             "ready": self.ready,
@@ -110,9 +110,9 @@ class Router:
         self.metrics.selection.labels(worker.url, self.options.policy).inc()
         self.metrics.waited.observe(dispatch.waited)
         if self.options.log_decisions:
-            placement = self.desk.placement
-            threshold = placement.threshold(dispatch.rank)
-            log_decision(dispatch, self.fleet, placement.outstanding(dispatch.rank) / threshold if threshold else 0.0)
+            policy = self.desk.policy
+            threshold = policy.threshold(dispatch.rank)
+            log_decision(dispatch, self.fleet, policy.outstanding(dispatch.rank) / threshold if threshold else 0.0)
 
     async def _learn(self, worker: Worker, info: WorkerInfo) -> None:
         """From the first worker: the model, its cost, its tokenizer. Raises `ConfigError` for another model."""
@@ -121,7 +121,7 @@ class Router:
             cost, source = await asyncio.to_thread(load_cost, path)
             if self.model is None:  # two workers may answer at once; the first one back decides
                 self.model = info
-                self.desk.placement.cost, self.cost_source = cost, source
+                self.desk.policy.cost, self.cost_source = cost, source
                 self._tokenizing = asyncio.create_task(self._load_tokenizer(worker, info), name="tokenizer")
         if self.model.model_type and info.model_type and self.model.model_type != info.model_type:
             raise ConfigError(f"{worker.url} serves a {info.model_type}, the other workers a {self.model.model_type}")

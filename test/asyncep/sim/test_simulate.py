@@ -12,17 +12,17 @@ from model_configs import QWEN3_235B
 
 from asyncep.sim.router import RankModel, Result, lower_bound_flops, shared_once, simulate
 from asyncep.sim.workloads import TimedPrompt, conversations, few_shot_mix, long_inputs
-from asyncep_router.baselines import CacheAware, Immediate, PowerOfTwo, Random, RoundRobin, ShortestQueue
+from asyncep_router.baselines import BaselinePolicy, CacheAware, PowerOfTwo, Random, RoundRobin, ShortestQueue
 from asyncep_router.block_view import BlockView
 from asyncep_router.config import Limits
 from asyncep_router.cost import ModelCost
 from asyncep_router.messages import BatchReport, Reason, Request
-from asyncep_router.policy import Frontend
+from asyncep_router.routing_policy import RoutingPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from asyncep.sim.router import Placer
+    from asyncep_router.policy import Policy
 
 COST = ModelCost.from_config(QWEN3_235B, expert_itemsize=1)
 GATHER = 5.9e-3  # t_EP a layer: fp8 experts at 360 GB/s
@@ -32,16 +32,16 @@ T = COST.threshold_flops(T_LAYER)
 RANK = RankModel(RATE, GATHER, batch_flops=T, cache_tokens=400_000)
 
 
-def ours(ranks: int, model: RankModel = RANK, **limits: float) -> Frontend:
-    front = Frontend(COST, BlockView(1 << 40, model.page), Limits(block=64, **limits))  # type: ignore[arg-type]
+def ours(ranks: int, model: RankModel = RANK, **limits: float) -> RoutingPolicy:
+    front = RoutingPolicy(COST, BlockView(1 << 40, model.page), Limits(block=64, **limits))  # type: ignore[arg-type]
     for rank in range(ranks):
         front.rank_joined(rank, cache_tokens=model.cache_tokens)
         front.set_threshold(rank, T_LAYER)
     return front
 
 
-def run(prompts: Sequence[TimedPrompt], placer: Placer, ranks: int) -> Result:
-    return simulate(prompts, placer, ranks, RANK, COST)
+def run(prompts: Sequence[TimedPrompt], policy: Policy, ranks: int) -> Result:
+    return simulate(prompts, policy, ranks, RANK, COST)
 
 
 def test_shared_prefixes_are_computed_about_once() -> None:
@@ -55,7 +55,7 @@ def test_shared_prefixes_are_computed_about_once() -> None:
 def test_eight_ranks_stay_near_the_bound_where_the_default_computes_every_prefix_on_each() -> None:
     prompts = few_shot_mix(6000, seed=1)
     front = ours(8)
-    ours_, default = run(prompts, front, 8), run(prompts, Immediate(RoundRobin(), 8), 8)
+    ours_, default = run(prompts, front, 8), run(prompts, BaselinePolicy(RoundRobin, ranks=8), 8)
     front.check_integrity()
     assert front.pending == 0
     assert ours_.prefix_ratio <= 1.10
@@ -79,7 +79,7 @@ def test_no_rank_computes_a_prefix_twice(ranks: int, rate: float | None) -> None
 
 def test_arrivals_over_time_keep_prefixes_together_and_latency_low() -> None:
     prompts = few_shot_mix(3000, seed=3, rate=60)
-    ours_, default = run(prompts, ours(2), 2), run(prompts, Immediate(ShortestQueue(), 2), 2)
+    ours_, default = run(prompts, ours(2), 2), run(prompts, BaselinePolicy(ShortestQueue, ranks=2), 2)
     assert ours_.prefix_ratio <= 1.10
     assert ours_.p99 <= default.p99
 
@@ -94,7 +94,7 @@ def test_long_inputs_without_sharing_are_spread_within_5_percent(ranks: int) -> 
 def test_light_load_makes_fuller_batches_than_spreading() -> None:
     """Many small requests over time at a tenth of the ranks' capacity: gathered, they need fewer gathers."""
     prompts = few_shot_mix(2000, seed=4, rate=40, tasks=2000, prefix_tokens=(60, 60), suffix_tokens=(300, 900))
-    gathered, spread = run(prompts, ours(8), 8), run(prompts, Immediate(RoundRobin(), 8), 8)
+    gathered, spread = run(prompts, ours(8), 8), run(prompts, BaselinePolicy(RoundRobin, ranks=8), 8)
     assert gathered.batches < 0.75 * spread.batches
 
 
@@ -110,7 +110,7 @@ def test_gain_over_the_default_scheduler_beside_the_papers(capsys: pytest.Captur
     rows = {}
     for ranks in (2, 8):
         result = run(prompts, ours(ranks), ranks)
-        default = run(prompts, Immediate(RoundRobin(), ranks), ranks)
+        default = run(prompts, BaselinePolicy(RoundRobin, ranks=ranks), ranks)
         rows[ranks] = result.throughput / default.throughput - 1
     with capsys.disabled():
         gains = ", ".join(f"{gain:.1%} on {ranks} ranks" for ranks, gain in rows.items())
@@ -121,8 +121,8 @@ def test_gain_over_the_default_scheduler_beside_the_papers(capsys: pytest.Captur
 
 def test_every_baseline_finishes_everything() -> None:
     prompts = few_shot_mix(300, seed=7)
-    for baseline in (RoundRobin(), Random(0), PowerOfTwo(0), ShortestQueue(), CacheAware()):
-        result = run(prompts, Immediate(baseline, 3), 3)
+    for make in (RoundRobin, lambda: Random(0), lambda: PowerOfTwo(0), ShortestQueue, CacheAware):
+        result = run(prompts, BaselinePolicy(make, ranks=3), 3)
         assert result.requests == 300
         assert result.flops_ratio >= 1.0
 
@@ -156,10 +156,10 @@ def test_a_batch_below_t_takes_as_long_as_the_gather() -> None:
 
 def test_a_rank_that_holds_followers_back_computes_a_prefix_once() -> None:
     prompts = few_shot_mix(10, seed=0, tasks=1, prefix_tokens=(640, 640))  # one batch holds all ten
-    burst = Immediate(RoundRobin(), 1)
+    burst = BaselinePolicy(RoundRobin, ranks=1)
     holding = RankModel(RATE, GATHER, T, 400_000, holds_back=True)
     assert simulate(prompts, burst, 1, holding, COST).prefix_ratio == 1.0
-    assert simulate(prompts, Immediate(RoundRobin(), 1), 1, RANK, COST).prefix_ratio == pytest.approx(10)
+    assert simulate(prompts, BaselinePolicy(RoundRobin, ranks=1), 1, RANK, COST).prefix_ratio == pytest.approx(10)
 
 
 def test_company_of_a_prefix_follows_one_batch_later() -> None:

@@ -38,7 +38,7 @@ def test_what_goes_to_a_rank_in_one_turn_is_one_message_in_order() -> None:
         controller = RouterController.__new__(RouterController)  # its sockets and no ranks
         controller.workers, controller.status = pushes, [True, True]
         controller.config = SimpleNamespace(router=None)
-        controller.frontend = SimpleNamespace(
+        controller.policy = SimpleNamespace(
             requests_in_flight=lambda _rank: ["another"] * 9, limits=Limits(ranks_let_pass=True)
         )
         turn = [dispatch("a", 1), dispatch("b", 0), dispatch("c", 1, bulk=True), dispatch("d", 1)]

@@ -17,7 +17,7 @@ from small_moe import COST
 from asyncep_router.block_view import BlockView
 from asyncep_router.config import Limits
 from asyncep_router.messages import BatchReport, Dispatch, Request
-from asyncep_router.policy import Frontend
+from asyncep_router.routing_policy import RoutingPolicy
 from asyncep_sgl.process.restarts import RankDeaths
 from asyncep_sgl.router.quarantine import Quarantine, Remembered
 from asyncep_sgl.router.suspects import QUARANTINED, Suspects
@@ -36,7 +36,7 @@ class Host:
     batch: int = 0
 
     def __post_init__(self) -> None:
-        self.front = Frontend(COST, BlockView(10**6, 16), Limits(block=16, default_threshold=COST.flops(60)))
+        self.front = RoutingPolicy(COST, BlockView(10**6, 16), Limits(block=16, default_threshold=COST.flops(60)))
         self.suspects = Suspects(self.front, self._answer, lambda payload: str(payload.what).encode())
         for rank in range(self.ranks):
             self._join(rank)

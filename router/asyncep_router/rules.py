@@ -1,4 +1,4 @@
-"""Who goes where: the rules by which ranks and waiting requests are brought together. No events, no books.
+"""Who goes where: the rules by which ranks and waiting requests are brought together. They read the books.
 
 The three rules of the MoE-Prefill paper, as they are read here, for every request that is placed:
 
@@ -38,41 +38,31 @@ from typing import TYPE_CHECKING
 
 from asyncep_router.messages import Reason
 from asyncep_router.ranks import members
-from asyncep_router.under_way import UnderWay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from asyncep_router.config import Limits
-    from asyncep_router.cost import ModelCost
-    from asyncep_router.gate import Gate
-    from asyncep_router.ledger import Ledger
-    from asyncep_router.messages import Request
-    from asyncep_router.pending import Entry, Group, PendingQueue
-    from asyncep_router.prefix import PrefixMatch, PrefixView
+    from asyncep_router.books import Books
+    from asyncep_router.prefix_queue import Entry, Group, PrefixQueue
 
     Send = Callable[[Entry, int, Reason], None]
 
 
-class Placing:
-    """Decides by what the given books say, and changes none of them but by `send`.
+class Rules:
+    """Decides by what the books say, and changes none of them but by `send` and by `_unclaim`.
 
-    `claimed`: FLOPs waiting that a rank is committed to, roughly. `waiting_flops`: FLOPs of all that waits. Both are
-    kept by the owner, as are `under_way` and `gathering`: ranks for which a batch below T takes as long as one of T.
+    Args:
+        books: of the policy.
     """
 
-    def __init__(self, cost: ModelCost, view: PrefixView, limits: Limits, ledger: Ledger, gate: Gate) -> None:
-        self.cost = cost
-        self.view = view
-        self.limits = limits
-        self.ledger = ledger
-        self.gate = gate
-        self.under_way = UnderWay()
-        self.claimed: dict[int, int] = {}
-        self.waiting_flops = 0
-        self.gathering = 0
+    def __init__(self, books: Books) -> None:
+        self.books = books
+        self.limits = books.limits
+        self.ledger = books.ledger
+        self.gate = books.gate
+        self.under_way = books.under_way
 
-    def serve_some(self, level: PendingQueue, old: float, send: Send, most: float) -> bool:
+    def serve_some(self, level: PrefixQueue, old: float, send: Send, most: float) -> bool:
         """As `serve`, until `most` FLOPs are sent. True if anything was."""
         sent = 0.0
 
@@ -84,7 +74,7 @@ class Placing:
         self.serve(level, old, counted, until=lambda: sent >= most)
         return sent > 0
 
-    def serve(self, level: PendingQueue, old: float, send: Send, until: Callable[[], bool] | None = None) -> None:
+    def serve(self, level: PrefixQueue, old: float, send: Send, until: Callable[[], bool] | None = None) -> None:
         """The seven steps of the module's text for one queue, until none of them finds anything.
 
         `old`: who has waited since before this has waited too long. `send` charges an entry to a rank and takes it
@@ -112,7 +102,7 @@ class Placing:
                 continue
             return
 
-    def serve_express(self, level: PendingQueue, old: float, send: Send) -> None:
+    def serve_express(self, level: PrefixQueue, old: float, send: Send) -> None:
         """What `serve` has left goes to ranks that have room for quick requests besides their bulk, the group that
         waits longest first. Who waits for a prefix that is being computed goes on waiting."""
         if not self.gate.express & ~self.gate.open:
@@ -123,25 +113,25 @@ class Placing:
 
     def _prefix_comes(self, entry: Entry, old: float) -> bool:
         """Whether a rank that holds the most of it has begun to compute that after `old`, and it pays to wait."""
-        longest = next((holders for _, holders in self.match(entry).steps), 0)
+        longest = next((holders for _, holders in self.books.match(entry).steps), 0)
         begun = (self._pays_to_wait(entry, rank) for rank in members(longest & self.gate.alive))
         return any(since is not None and since > old for since in begun)
 
-    def _take_owned(self, level: PendingQueue, ranks: int, old: float, send: Send) -> bool:
+    def _take_owned(self, level: PrefixQueue, ranks: int, old: float, send: Send) -> bool:
         """One of `ranks` takes a request whose prefix it holds."""
         while ranks & level.owned:
             rank = self._fullest(ranks & level.owned)
             entry = level.next_owned(rank, old)
             if entry is None:
                 if not level.parked >> rank & 1:
-                    self.claimed[rank] = 0
+                    self._unclaim(rank)
             elif (since := self._pays_to_wait(entry, rank)) is not None and since > old:
                 level.park(entry, rank, since)
             else:
                 return self._take(entry, ranks, send, suggested=rank)
         return False
 
-    def _take_parked(self, level: PendingQueue, ranks: int, old: float, send: Send) -> bool:
+    def _take_parked(self, level: PrefixQueue, ranks: int, old: float, send: Send) -> bool:
         """One of `ranks` takes a request whose prefix it has been computing for too long, if no idle rank can take it
         and no other rank has begun to compute the prefix since."""
         if self.gate.idle:
@@ -154,7 +144,7 @@ class Placing:
                     return True
         return False
 
-    def _overdue(self, level: PendingQueue, old: float) -> dict[int, int]:
+    def _overdue(self, level: PrefixQueue, old: float) -> dict[int, int]:
         """By id of the group: the ranks that have been computing its prefix for too long."""
         overdue: dict[int, int] = {}
         for rank in members(level.parked):
@@ -167,8 +157,8 @@ class Placing:
         """Since when `rank` has been computing the entry's prefix, if it saves more than the gap that waiting leaves
         that everybody who waits for it does not compute it as well; else None. While all there is makes less than T,
         nothing is saved on a rank that gathers."""
-        everything = self.ledger.account(rank).outstanding + self.waiting_flops
-        if self.gathering >> rank & 1 and everything < self.gate.threshold(rank):
+        everything = self.ledger.account(rank).outstanding + self.books.waiting_flops
+        if self.books.gathering >> rank & 1 and everything < self.gate.threshold(rank):
             return None
         company = len(entry.group.queue) if entry.group is not None else 1
         saved = self._recomputed(entry, rank) * company
@@ -176,7 +166,7 @@ class Placing:
             return None
         return self.ledger.account(rank).in_flight[self.under_way.computed_by(rank, entry.chain)].at
 
-    def _worth_a_copy(self, level: PendingQueue, old: float) -> Callable[[Group], bool]:
+    def _worth_a_copy(self, level: PrefixQueue, old: float) -> Callable[[Group], bool]:
         """Which groups an idle rank may take from: all but those whose prefix is coming, in time, on a rank that may
         hold all the company that waits for it."""
         roomy = 0
@@ -192,7 +182,7 @@ class Placing:
         """FLOPs of a group's requests once their common prefix is there, as if all were equally long."""
         count = len(group.queue)
         shared = group.node.depth * self.limits.block
-        return count * self.cost.flops(max(1, group.tokens // count - shared), shared)
+        return count * self.books.cost.flops(max(1, group.tokens // count - shared), shared)
 
     def _take(
         self,
@@ -218,7 +208,7 @@ class Placing:
         """The rank of a non-empty set where an entry should go, and why. `suggested` is thought to hold it."""
         if "F1" in self.limits.without:
             return self._fullest(ranks), Reason.FILL
-        for _, holders in self.match(entry).steps:
+        for _, holders in self.books.match(entry).steps:
             if holders & ranks:
                 if suggested is not None and holders >> suggested & 1:
                     return suggested, Reason.LONGEST_PREFIX
@@ -246,7 +236,7 @@ class Placing:
             return min(members(idle), key=lambda rank: self.ledger.account(rank).charged)
         return min(members(ranks), key=gate.fill)
 
-    def starving(self, queues: Iterable[PendingQueue], old: float) -> Entry | None:
+    def starving(self, queues: Iterable[PrefixQueue], old: float) -> Entry | None:
         """Of these queues' requests that a rank with room can take next, the oldest that waits since before `old`."""
         gate = self.gate
         waiting = []
@@ -264,11 +254,11 @@ class Placing:
         """Those of `ranks` with their fair share of all work, or a batch beyond what they may hold if that
         is more, in flight and waiting for them."""
         alive = list(members(self.gate.alive))
-        everything = self.waiting_flops + sum(self.ledger.account(rank).outstanding for rank in alive)
+        everything = self.books.waiting_flops + sum(self.ledger.account(rank).outstanding for rank in alive)
         share = everything / len(alive)
         committed = 0
         for rank in members(ranks):
-            load = self.ledger.account(rank).outstanding + self.claimed.get(rank, 0)
+            load = self.ledger.account(rank).outstanding + self.books.claimed.get(rank, 0)
             if load >= max(share, self.gate.limit(rank) + self.gate.batch(rank)):
                 committed |= 1 << rank
         return committed
@@ -281,26 +271,13 @@ class Placing:
         if not self.under_way.computes(rank):
             return 0
         block = self.limits.block
-        depth = min(self.match(entry).held_by(rank) // block, len(entry.chain))
+        depth = min(self.books.match(entry).held_by(rank) // block, len(entry.chain))
         there = self.under_way.there(rank, entry.chain, depth)
-        return self.cost.flops((depth - there) * block, there * block, 0) if there < depth else 0
+        return self.books.cost.flops((depth - there) * block, there * block, 0) if there < depth else 0
 
-    def match(self, entry: Entry) -> PrefixMatch:
-        """What the ranks hold of it now; walked again only after the view changed."""
-        view = self.view
-        if entry.match is None or entry.version != view.version:
-            entry.match = view.match(entry.request.token_ids, entry.request.namespace)
-            entry.version = view.version
-        return entry.match
-
-    def split(self, request: Request, held: int) -> tuple[int, int]:
-        """(new, cached) tokens. The last token is always computed, and only whole pages are reused."""
-        length = len(request.token_ids)
-        if "F2" in self.limits.without:
-            return length, 0
-        page = self.view.page_size
-        cached = min(held, (length - 1) // page * page) if length else 0
-        return length - cached, cached
+    def _unclaim(self, rank: int) -> None:
+        """A rank has taken all that it was committed to."""
+        self.books.claimed[rank] = 0
 
 
 def _by_seq(entry: Entry) -> int:

@@ -78,7 +78,7 @@ class Entry:
         self.flow: Flow | None = None
         self.flow_name = ""
         self.weight = 0.0
-        self.queue: PendingQueue | None = None
+        self.queue: PrefixQueue | None = None
 
 
 class _Node:
@@ -132,7 +132,7 @@ class Group:
 _Heap = list[tuple[int, int, Group]]  # (seq of a head at some time, tie-breaker, group)
 
 
-class PendingQueue:
+class PrefixQueue:
     """Pending requests among which prefixes decide.
 
     `block`: tokens a block. `affinity`: share of a prompt from which a held prefix binds it to its owners;
