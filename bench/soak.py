@@ -4,7 +4,8 @@
 
 What every process needs it has after the first five minutes; from then on its memory (each shared page divided by who
 share it) is to stay within 5 %, and its descriptors are to be as many in the end, when nobody asks, as they were then.
-Clients that behave are to be answered right throughout. Writes `bench/out/soak.json`.
+The ranks' prefix caches are small, so that they, and what routers remember of them, are full by then: what grows later
+is no cache. Clients that behave are to be answered right throughout. Writes `bench/out/soak.json`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ _HOSTILE = 4
 # The server and the router close a connection that has been idle for 75 s, the longest of their times; nothing tells
 # when they have.
 _QUIET_SECONDS = 90.0
+# Tokens of a rank's prefix cache: four of the longest prompts.
+_CACHE = ("--max-total-tokens", "16384")
 
 
 async def quiet_descriptors(both: Stand, seconds: float) -> dict[str, Counter[str]]:
@@ -112,7 +115,7 @@ def _number(descriptors: Counter[str] | None) -> int | None:
 
 
 async def run(args: argparse.Namespace) -> tuple[dict[str, Any], list[Claim]]:
-    async with stand(hostile_model()) as both:
+    async with stand(hostile_model(), *_CACHE) as both:
         return await soaked(both, args)
 
 
