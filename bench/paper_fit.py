@@ -16,7 +16,7 @@ from asyncep.sim.skew import ExpertSkew
 from asyncep.sim.work import Model
 
 MACHINE, MODEL = "cpu-core", "qwen3-147m"
-FITTED = "dp"
+FITTED = "replicated"
 # Name, where the search starts, and how loosely it is held there.
 _START = (
     ("gemm_top", 0.6, 6.0),

@@ -73,7 +73,7 @@ SIDES = (
     ASYNCEP,
     Side(
         "DP-2, experts twice",
-        "dp",
+        "replicated",
         flags=_NO_ROUTER,
         spanning=False,
         router=("--threshold-tokens", "2048"),

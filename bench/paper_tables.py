@@ -75,7 +75,7 @@ def claims_of(raw: Mapping[str, Any]) -> list[Claim]:
         mixed = max(found["mean"] / found["between_prompts"] for found in by_side.values())
         claims.append(Claim(f"the same over two prompts' answers apart, {load}", mixed, 0.1, "x", False))
     for row in raw.get("calibration") or ():
-        if row["strategy"] != "dp":
+        if row["strategy"] != "replicated":
             name = f"simulated against measured step, {row['strategy']}, {row['tokens']} tokens"
             claims.append(Claim(name, abs(row["error"]), 0.1, "relative", False))
     return claims
@@ -178,7 +178,7 @@ def plot(raw: Mapping[str, Any], path: Path) -> Path:
     panels[1].set(title="AsyncEP on the mix, one thing changed", xlabel="tokens/s")
     for strategy in dict.fromkeys(row["strategy"] for row in raw.get("calibration") or ()):
         rows = [row for row in raw["calibration"] if row["strategy"] == strategy]
-        label = f"{strategy} (fitted)" if strategy == "dp" else strategy
+        label = f"{strategy} (fitted)" if strategy == "replicated" else strategy
         panels[2].scatter([row["measured"] for row in rows], [row["simulated"] for row in rows], s=16, label=label)
     if raw.get("calibration"):
         ends = [min(row["measured"] for row in raw["calibration"]), max(row["measured"] for row in raw["calibration"])]

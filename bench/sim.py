@@ -42,8 +42,8 @@ from sim_plots import draw
 
 from asyncep.sim import hardware
 from asyncep.sim.calibration import compare, read_calibration
-from asyncep.sim.deployment import BASELINES
 from asyncep.sim.skew import ExpertSkew
+from asyncep.sim.strategies.registry import BASELINES
 
 PAPER_SPEEDUP = {
     "mix": "1.35-1.37",
@@ -109,7 +109,7 @@ def show_papers(cases: dict[str, Any]) -> None:
                 f"{factor:.2f} {best}",
                 PAPER_SPEEDUP[workload] if name.startswith("qwen3-235b") else "",
                 f"{ours['mfu']:.1%}",
-                f"{ours['tokens_per_second'] / case['dp']['tokens_per_second']:.3f}",
+                f"{ours['tokens_per_second'] / case['replicated']['tokens_per_second']:.3f}",
                 f"{lead(case, ('asyncep-collective',))[1]:.2f}",
             )
     console.print(table)
@@ -152,7 +152,7 @@ def claims_of(raw: dict[str, Any]) -> list[Claim]:
         out.append(
             Claim(f"MFU, 8x{device} {dtype}, mix", cases["mix"]["asyncep"]["mfu"], PAPER_MFU[0], "share of peak")
         )
-        ours, bound = cases["mix"]["asyncep"], cases["mix"]["dp"]
+        ours, bound = cases["mix"]["asyncep"], cases["mix"]["replicated"]
         out.append(
             Claim(
                 f"over replicated DP, 8x{device} {dtype}, mix",

@@ -10,7 +10,7 @@ from typing import Any
 
 from asyncep.plan.planner import BATCHES
 from asyncep.sim import hardware
-from asyncep.sim.deployment import BASELINES, Deployment, Settings, deploy
+from asyncep.sim.deployment import Deployment, Settings, deploy
 from asyncep.sim.engine import Result, frontend, simulate, simulate_routed
 from asyncep.sim.errors import DataError, DoesNotFit
 from asyncep.sim.hardware import Cluster, Link
@@ -20,6 +20,7 @@ from asyncep.sim.skew import ExpertSkew
 from asyncep.sim.steady import Profile, Steady, steady
 from asyncep.sim.strategies.amoe import Amoe
 from asyncep.sim.strategies.asap import Asap
+from asyncep.sim.strategies.registry import BASELINES
 from asyncep.sim.work import Model
 from asyncep.sim.workloads import TimedPrompt, few_shot_mix
 from asyncep_router.baselines import BaselinePolicy, CacheAware, RoundRobin, ShortestQueue
@@ -70,7 +71,7 @@ def compare_strategies(
     for strategy, settings in (
         ("asyncep", ours),
         ("asyncep-collective", ours),
-        ("dp", replace(ours, unlimited=True)),
+        ("replicated", replace(ours, unlimited=True)),
     ):
         try:
             deployment = deploy(strategy, model, cluster, skew=skew, settings=settings)

@@ -65,7 +65,7 @@ def test_the_fit_finds_a_device_that_explains_the_steps(paper: Any, tmp_path: Pa
     true = Calibration(device, {"inside": link, "between": link}, ()).apply(hardware.cluster("cpu-core", 2))
     model = fitting.known_model()
     steps = []
-    for strategy in ("dp", "pp", "tp", "asyncep"):
+    for strategy in ("replicated", "pp", "tp", "asyncep"):
         for tokens in (128, 256, 512, 1024, 2048, 4096):
             step = MeasuredStep(strategy, 2, ((tokens, 0),), 1.0)
             (found,) = compare(model, true, [step], skew=fitting.SKEW)
@@ -73,8 +73,8 @@ def test_the_fit_finds_a_device_that_explains_the_steps(paper: Any, tmp_path: Pa
     contents = fitting.calibrate(steps, 1.3e12, bandwidth=7e7, latency=1e-4)
     found = fitting.compared(fitting.write_calibration(tmp_path / "calibration.json", contents))
     assert len(found) == 24
-    # Only the steps of dp were fitted; the others are foretold.
-    assert max(abs(one.error) for one in found if one.step.strategy == "dp") < 0.01
+    # Only the steps of replicated were fitted; the others are foretold.
+    assert max(abs(one.error) for one in found if one.step.strategy == "replicated") < 0.01
     assert max(abs(one.error) for one in found) < 0.1
     with pytest.raises(ValueError, match="three"):
         fitting.fit(steps[:2], 1.3e12)

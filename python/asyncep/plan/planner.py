@@ -11,9 +11,9 @@ from asyncep.sim.errors import DataError, DoesNotFit
 from asyncep.sim.hardware import Cluster, Link
 from asyncep.sim.skew import ExpertSkew
 from asyncep.sim.steady import Profile, Steady, steady
+from asyncep.sim.strategies.registry import PROPOSED, find
 from asyncep.sim.work import Model
 
-CANDIDATES = ("asyncep", "dp", "tp", "pp", "ep", "dp-ep")
 BATCHES = tuple(1 << power for power in range(10, 18))
 """Tokens of a lane's batch that are tried."""
 NEAR = 0.97
@@ -86,7 +86,7 @@ class Planner:
     def plan(self) -> Plan:
         """Raises `DoesNotFit` if nothing does."""
         options, refused = [], []
-        for strategy in CANDIDATES:
+        for strategy in PROPOSED:
             try:
                 options.append(self._best(strategy))
             except (DoesNotFit, DataError) as error:
@@ -96,7 +96,7 @@ class Planner:
         options.sort(key=lambda option: -option.result.tokens_per_second)
         most = options[0].result.tokens_per_second
         near = [option for option in options if option.result.tokens_per_second >= NEAR * most]
-        best = min(near, key=lambda option: (option.result.latency, CANDIDATES.index(option.strategy)))
+        best = min(near, key=lambda option: (option.result.latency, PROPOSED.index(option.strategy)))
         options.remove(best)
         options.insert(0, best)
         return Plan(tuple(options), tuple(refused), tuple(self._changes(options)), self.kv_free)
@@ -106,9 +106,9 @@ class Planner:
         """Whether no prefix cache is worth keeping."""
         return self.profile.cached_share < KV_FREE_BELOW
 
-    def _settings(self, tokens: int, *, gathers: bool) -> Settings:
+    def _settings(self, tokens: int, *, whole: bool) -> Settings:
         # In KV-free mode a prompt is never divided, so the longest one has to fit.
-        free = self.kv_free and gathers
+        free = self.kv_free and whole
         return Settings(
             batch_tokens=max(tokens, self.profile.longest) if free else tokens,
             kv_free=free,
@@ -116,7 +116,7 @@ class Planner:
         )
 
     def _evaluate(self, strategy: str, group: int, tokens: int, cluster: Cluster) -> Option:
-        settings = self._settings(tokens, gathers=strategy in ("asyncep", "dp"))
+        settings = self._settings(tokens, whole=find(strategy).independent)
         deployment = deploy(strategy, self.model, cluster, group=group, skew=self.skew, settings=settings)
         return Option(deployment, steady(deployment, self.profile, tokens))
 
@@ -124,7 +124,7 @@ class Planner:
         """Over groups and batches; raises the last refusal if none fits."""
         found: list[Option] = []
         error: DoesNotFit | DataError | None = None
-        for group in self._groups(strategy):
+        for group in find(strategy).groups(self.cluster.devices):
             for tokens in self._batches():
                 try:
                     option = self._evaluate(strategy, group, tokens, self.cluster)
@@ -132,22 +132,14 @@ class Planner:
                     error = refusal
                     break  # more tokens need more memory
                 memory = option.deployment.memory
-                if strategy == "asyncep" and group == 1 and memory and not memory.host_share:
-                    continue  # nothing to gather: that is dp
+                if memory and find(strategy).pointless(group, memory.host_share):
+                    continue
                 found.append(option)
         if not found:
             raise error or DoesNotFit(f"{strategy}: nothing to divide over {self.cluster.devices} device(s)")
         most = max(option.result.tokens_per_second for option in found)
         near = [option for option in found if option.result.tokens_per_second >= NEAR * most]
         return min(near, key=_preference)
-
-    def _groups(self, strategy: str) -> list[int]:
-        devices = self.cluster.devices
-        if strategy == "dp":
-            return [1]
-        groups = [group for group in range(1, devices + 1) if devices % group == 0 and _power_like(group, devices)]
-        # A group of one is plain data parallelism; AsyncEP in one takes its experts from the host.
-        return groups if strategy == "asyncep" else [group for group in groups if group > 1]
 
     def _batches(self) -> list[int]:
         kept = [tokens for tokens in BATCHES if tokens <= self.most_tokens]
@@ -239,14 +231,8 @@ def _preference(option: Option) -> tuple[float, ...]:
 def _lanes(deployment: Deployment) -> int:
     """Batches in execution at once."""
     executors = deployment.make()
-    under_way = executors[0].devices if deployment.strategy == "pp" else executors[0].lanes
-    return len(executors) * under_way
+    return len(executors) * deployment.kind.clocks_under_way(executors[0])
 
 
 def _faster(link: Link, factor: float) -> Link:
     return replace(link, bandwidth=link.bandwidth * factor)
-
-
-def _power_like(group: int, devices: int) -> bool:
-    """Powers of two, and all devices."""
-    return group & (group - 1) == 0 or group == devices

@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
-from asyncep.sim.deployment import BASELINES, STRATEGIES, Deployment, Settings, deploy
+from asyncep.sim.deployment import Deployment, Settings, deploy
 from asyncep.sim.engine import Result, frontend, simulate, simulate_routed
 from asyncep.sim.errors import DataError, DoesNotFit, SimulationError
 from asyncep.sim.hardware import Cluster, Device, Link, cluster, link, machine, model_config
 from asyncep.sim.skew import ExpertSkew
+from asyncep.sim.strategies.registry import BASELINES, NAMES
 from asyncep.sim.work import Batch, Model
 
 __all__ = [
     "BASELINES",
-    "STRATEGIES",
+    "NAMES",
     "Batch",
     "Cluster",
     "DataError",

@@ -7,30 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from asyncep.sim.collectives import weight_gather
-from asyncep.sim.errors import DataError, DoesNotFit
+from asyncep.sim.errors import DataError
 from asyncep.sim.hardware import Cluster
 from asyncep.sim.kernels import Kernels
 from asyncep.sim.lane import BatchLimits
-from asyncep.sim.memory import MemoryPlan, Shares, plan_memory
+from asyncep.sim.memory import MemoryPlan, plan_memory
 from asyncep.sim.skew import ExpertSkew
-from asyncep.sim.strategies import (
-    CollectiveGather,
-    DataParallelExperts,
-    Executor,
-    ExpertParallel,
-    OneSidedGather,
-    PipelineParallel,
-    TensorParallel,
-)
+from asyncep.sim.strategies.base import Executor
+from asyncep.sim.strategies.registry import Site, Strategy, find
 from asyncep.sim.work import Model, uniform
 
 GAMMA = 1.2
 """Margin of the paper's threshold T = t_EP · F · gamma (second-hand)."""
-
-STRATEGIES = ("tp", "pp", "ep", "dp-ep", "dp", "asyncep", "asyncep-collective")
-"""What `deploy` builds. The disaggregated systems (ASAP, AMoE) keep no lanes: see `disaggregated.py`."""
-BASELINES = ("tp", "pp", "ep", "dp-ep")
-"""Distributed baselines that need no more memory than AsyncEP."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +52,7 @@ class Deployment:
     of the reference length. All 0 (threshold: of the batch) for strategies that gather nothing.
     """
 
-    strategy: str
+    kind: Strategy
     model: Model
     cluster: Cluster
     group: int
@@ -75,6 +63,11 @@ class Deployment:
     threshold: float
     peak_threshold: float
     threshold_tokens: int
+
+    @property
+    def strategy(self) -> str:
+        """The strategy's name."""
+        return self.kind.name
 
     @property
     def devices(self) -> int:
@@ -115,47 +108,28 @@ def deploy(
 ) -> Deployment:
     """A strategy on groups of `group` devices (all of them by default). Raises `DataError`, `DoesNotFit`."""
     settings = settings or Settings()
-    skew = skew or ExpertSkew()
-    ranks = 1 if strategy == "dp" else group or cluster.devices
-    if strategy not in STRATEGIES:
-        raise DataError(f"strategy {strategy!r}: known are {', '.join(STRATEGIES)}")
+    kind = find(strategy)
+    ranks = kind.ranks(group, cluster)
     if not 1 <= ranks <= cluster.devices:
         raise DataError(f"group={ranks}: must be between 1 and the cluster's {cluster.devices} devices")
-    if strategy == "pp" and ranks > model.layers:
-        raise DoesNotFit(f"{model.name}: {model.layers} layers cannot be divided over {ranks} stages")
-    if strategy != "dp" and strategy != "pp" and not model.experts and ranks > 1 and strategy != "tp":
-        raise DataError(f"{model.name}: a dense model has no experts for {strategy}")
+    kind.check(model, ranks)
     kernels = Kernels(cluster.device, model)
-    memory = _memory(strategy, model, cluster, ranks, settings)
+    memory = _memory(kind, model, cluster, ranks, settings)
     t_ep = 0.0
-    if strategy.startswith("asyncep"):
-        layer = max(kind.expert_bytes for kind in model.kinds)
+    if kind.gathers:
+        layer = max(layer.expert_bytes for layer in model.kinds)
         t_ep = weight_gather(layer, cluster, ranks, memory.host_share if memory else 0.0)
     tokens = window_tokens(kernels, t_ep, settings.gamma, settings.reference)
-    limits, threshold = _limits(strategy, model, memory, settings, tokens)
-
-    def make() -> list[Executor]:
-        count = cluster.devices // ranks
-        if strategy == "tp":
-            return [TensorParallel(kernels, cluster, ranks) for _ in range(count)]
-        if strategy == "pp":
-            return [PipelineParallel(kernels, cluster, ranks) for _ in range(count)]
-        if strategy == "ep":
-            return [ExpertParallel(kernels, cluster, ranks, skew, settings.overlap) for _ in range(count)]
-        if strategy == "dp-ep":
-            return [DataParallelExperts(kernels, cluster, ranks, skew, settings.overlap) for _ in range(count)]
-        if strategy == "asyncep-collective":
-            return [CollectiveGather(kernels, t_ep, ranks, settings.depth) for _ in range(count)]
-        return [OneSidedGather(kernels, t_ep, settings.depth) for _ in range(count * ranks)]
-
+    limits, threshold = _limits(kind, model, memory, settings, tokens)
+    site = Site(kernels, cluster, ranks, skew or ExpertSkew(), settings.overlap, settings.depth, t_ep)
     return Deployment(
-        strategy=strategy,
+        kind=kind,
         model=model,
         cluster=cluster,
         group=ranks,
         limits=limits,
         memory=memory,
-        make=make,
+        make=lambda: kind.executors(site),
         t_ep=t_ep,
         threshold=threshold,
         peak_threshold=t_ep * cluster.device.peak[model.dtype] * settings.gamma,
@@ -164,20 +138,19 @@ def deploy(
 
 
 def _limits(
-    strategy: str, model: Model, memory: MemoryPlan | None, settings: Settings, tokens: int
+    kind: Strategy, model: Model, memory: MemoryPlan | None, settings: Settings, tokens: int
 ) -> tuple[BatchLimits, float]:
     """Batch limits and T per layer. Without a gather T is a full batch: its router fills ranks alike."""
     most = settings.batch_tokens
-    gathers = strategy.startswith("asyncep")
     # Below a few thousand tokens experts see few rows, gather or not: T is never less than that.
     least = min(most, 8_192)
-    wanted = min(most, max(tokens, least)) if gathers else most
+    wanted = min(most, max(tokens, least)) if kind.gathers else most
     per_pass = uniform(model, wanted, settings.reference).flops
     threshold = settings.threshold_scale * per_pass / model.layers
     cache = 0 if settings.kv_free else (memory.kv_tokens if memory else 1 << 40)
     limits = BatchLimits(
         tokens=most,
-        flops=settings.threshold_scale * per_pass if gathers else math.inf,
+        flops=settings.threshold_scale * per_pass if kind.gathers else math.inf,
         chunk=not settings.kv_free,
         cache_tokens=cache,
         page=settings.page,
@@ -185,27 +158,19 @@ def _limits(
     return limits, threshold
 
 
-def _memory(strategy: str, model: Model, cluster: Cluster, ranks: int, settings: Settings) -> MemoryPlan | None:
+def _memory(kind: Strategy, model: Model, cluster: Cluster, ranks: int, settings: Settings) -> MemoryPlan | None:
     if settings.unlimited:
         return None
     heads = min(layer.attention.kv_heads for layer in model.cost.shape.layers)
     latent = any(layer.attention.latent_dim for layer in model.cost.shape.layers)
-    split = 1 / ranks
-    kv_tensor = 1.0 if latent else max(split, 1 / heads)  # latents and surplus heads are repeated on every device
-    shares = {
-        "tp": Shares(split, split, kv_tensor, activation_split=ranks),
-        "ep": Shares(split, split, kv_tensor),
-        "pp": Shares(split, split, split),
-        "dp-ep": Shares(1, split, 1),
-        "dp": Shares(1, 1, 1),
-    }.get(strategy) or Shares(1, split, 1, slots=settings.depth, remote=1 - split)
-    batch = settings.batch_tokens // ranks if strategy == "ep" else settings.batch_tokens
+    kv_split = 1.0 if latent else max(1 / ranks, 1 / heads)  # latents and surplus heads are repeated on every device
+    shares = kind.shares(ranks, kv_split, settings.depth)
     return plan_memory(
         model,
         cluster,
         shares,
-        batch_tokens=batch,
+        batch_tokens=kind.batch_tokens(settings.batch_tokens, ranks),
         kv_tokens=settings.kv_tokens,
         kv_free=settings.kv_free,
-        host_limit=settings.host if strategy.startswith("asyncep") else 0.0,
+        host_limit=settings.host if kind.gathers else 0.0,
     )

@@ -193,7 +193,7 @@ def frontend(deployment: Deployment, lanes: int, **limits: Any) -> RoutingPolicy
     A pipeline needs a batch for every stage, and the next one, where a rank needs two.
     """
     page = deployment.limits.page
-    under_way = deployment.group + 1 if deployment.strategy == "pp" else 2
+    under_way = deployment.kind.batches_under_way(deployment.group)
     settings: dict[str, Any] = {"block": page, "inflight_target": under_way, **limits}
     policy = RoutingPolicy(deployment.model.cost, BlockView(1 << 40, page), Limits(**settings))
     for rank in range(lanes):
@@ -202,7 +202,7 @@ def frontend(deployment: Deployment, lanes: int, **limits: Any) -> RoutingPolicy
             rank,
             caches=caches,
             cache_tokens=deployment.limits.cache_tokens if caches else None,
-            gathers=deployment.strategy.startswith("asyncep"),
+            gathers=deployment.kind.gathers,
         )
         policy.set_threshold(rank, deployment.threshold)
     return policy

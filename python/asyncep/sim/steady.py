@@ -86,7 +86,9 @@ def steady(deployment: Deployment, profile: Profile, tokens: int) -> Steady:
     executors = deployment.make()
     executor = executors[0]
     batch = profile.batch(tokens)
-    rounds = 3 * executor.devices + 3 if deployment.strategy == "pp" else 4
+    # Until a pipeline is full; what keeps one clock is steady at once.
+    under_way = deployment.kind.clocks_under_way(executor) // executor.lanes
+    rounds = 3 * under_way + 3 if under_way > 1 else 4
     ready, last, before, stalled, latency = 0.0, 0.0, 0.0, 0.0, 0.0
     for _ in range(rounds):
         start = ready

@@ -37,7 +37,7 @@ def test_asyncep_for_a_large_model_on_a_fast_link(capsys: pytest.CaptureFixture[
     assert choice["t_ep_seconds"] > 0
     assert 0.1 < choice["mfu"] < 0.7
     assert choice["memory"]["total"] <= 85.5e9
-    assert [refusal["strategy"] for refusal in plan["refused"]] == ["dp"]
+    assert [refusal["strategy"] for refusal in plan["refused"]] == ["replicated"]
     assert choice["tokens_per_second"] >= 0.97 * max(other["tokens_per_second"] for other in plan["others"])
 
 
@@ -49,7 +49,7 @@ def test_the_group_follows_the_link(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_model_that_fits_one_device_needs_no_group(capsys: pytest.CaptureFixture[str]) -> None:
     plan = planned(capsys, "--model", "qwen3-30b-a3b", "--gpus", "1xh100")
-    assert plan["choice"]["strategy"] == "dp"
+    assert plan["choice"]["strategy"] == "replicated"
     assert plan["changes"] == []
 
 
@@ -86,7 +86,7 @@ def test_kv_free_exactly_when_nothing_is_shared(capsys: pytest.CaptureFixture[st
 def test_tables_and_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert asyncep(["plan", *QWEN, "--workload", "long"]) == 0
     printed = capsys.readouterr().out
-    for words in ("asyncep", "KV-free", "MFU", "t_EP", "to win", "tokens under way", "dp cannot run"):
+    for words in ("asyncep", "KV-free", "MFU", "t_EP", "to win", "tokens under way", "replicated cannot run"):
         assert words in printed
 
 

@@ -23,7 +23,7 @@ MODEL = cases.model_of("qwen3-30b-a3b", "bf16")
 def test_a_case_has_every_strategy_and_leads_are_ratios(tmp_path: Path) -> None:
     prompts = real_mix(seed=1, scale=0.002)
     case = cases.compare_strategies(MODEL, hardware.cluster("h100", 2), prompts, ExpertSkew(), shares=True)
-    assert set(case) == {"asyncep", "asyncep-collective", "dp", "tp", "pp", "ep", "dp-ep"}
+    assert set(case) == {"asyncep", "asyncep-collective", "replicated", "tp", "pp", "ep", "dp-ep"}
     best, factor = bench.lead(case)
     assert factor == case["asyncep"]["tokens_per_second"] / case[best]["tokens_per_second"]
     assert all(

@@ -47,7 +47,7 @@ def test_errors_are_relative_to_what_was_measured() -> None:
     alone = 48 * sum(kernels.whole_layer(0, batch)) + kernels.head(batch)
     passes = ((512, 0), (100, 400))
     exact, half = compare(
-        MODEL, cluster, [MeasuredStep("dp", 1, passes, alone), MeasuredStep("dp", 1, passes, 2 * alone)]
+        MODEL, cluster, [MeasuredStep("replicated", 1, passes, alone), MeasuredStep("replicated", 1, passes, 2 * alone)]
     )
     assert exact.error == pytest.approx(0, abs=1e-9)
     assert half.error == pytest.approx(-0.5)

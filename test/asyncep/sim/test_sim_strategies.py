@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncep.sim import hardware
-from asyncep.sim.deployment import STRATEGIES, Settings, deploy, window_tokens
+from asyncep.sim.deployment import Settings, deploy, window_tokens
 from asyncep.sim.engine import frontend, simulate, simulate_routed
 from asyncep.sim.errors import DataError, DoesNotFit, SimulationError
 from asyncep.sim.hardware import Cluster, Link
@@ -19,6 +19,7 @@ from asyncep.sim.lane import BatchLimits, Lane, Waiting
 from asyncep.sim.paper_mix import real_mix, synthetic
 from asyncep.sim.skew import ExpertSkew
 from asyncep.sim.strategies import OneSidedGather, PipelineParallel, TensorParallel
+from asyncep.sim.strategies.registry import NAMES, PROPOSED, find
 from asyncep.sim.work import Batch, Model, uniform
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def one_batch(deployment: Deployment, tokens: int, length: int = 512) -> float:
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.sampled_from(STRATEGIES), st.floats(1e8, 1e12), st.integers(1, 20_000), st.integers(1, 4_000))
+@given(st.sampled_from(NAMES), st.floats(1e8, 1e12), st.integers(1, 20_000), st.integers(1, 4_000))
 def test_nothing_is_faster_than_its_flops(strategy: str, bandwidth: float, tokens: int, length: int) -> None:
     deployment = deploy(strategy, MODEL, cluster(bandwidth), settings=FREE)
     executor = deployment.make()[0]
@@ -61,7 +62,7 @@ def test_nothing_is_faster_than_its_flops(strategy: str, bandwidth: float, token
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.sampled_from(STRATEGIES), st.floats(1e8, 1e12), st.floats(1.01, 100), st.integers(1, 20_000))
+@given(st.sampled_from(NAMES), st.floats(1e8, 1e12), st.floats(1.01, 100), st.integers(1, 20_000))
 def test_a_faster_link_never_hurts(strategy: str, bandwidth: float, factor: float, tokens: int) -> None:
     slow, fast = (
         one_batch(deploy(strategy, MODEL, cluster(speed), settings=FREE), tokens)
@@ -75,7 +76,8 @@ def test_a_faster_link_never_hurts(strategy: str, bandwidth: float, factor: floa
 def test_asyncep_over_an_infinite_link_is_replicated_data_parallel(tokens: int, length: int) -> None:
     infinite = cluster(float("inf"))
     asyncep, replicated = (
-        one_batch(deploy(strategy, MODEL, infinite, settings=FREE), tokens, length) for strategy in ("asyncep", "dp")
+        one_batch(deploy(strategy, MODEL, infinite, settings=FREE), tokens, length)
+        for strategy in ("asyncep", "replicated")
     )
     assert asyncep == pytest.approx(replicated)
 
@@ -188,7 +190,7 @@ def test_without_chunks_a_long_prompt_has_a_batch_to_itself() -> None:
     assert [cut.finished for cut in cuts if cut] == [["a"], ["b"], ["c"]]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", NAMES)
 def test_every_request_is_answered_and_counted_once(strategy: str) -> None:
     prompts = real_mix(seed=3, scale=0.004, rate=2000)
     deployment = deploy(strategy, MODEL, hardware.cluster("h100", 4))
@@ -228,7 +230,7 @@ def test_synthetic_prompts_share_nothing() -> None:
 def test_what_cannot_be_is_refused() -> None:
     big = Model.from_config("q", hardware.model_config("qwen3-235b-a22b"))
     with pytest.raises(DoesNotFit, match="GB"):
-        deploy("dp", big, hardware.cluster("h100", 8))
+        deploy("replicated", big, hardware.cluster("h100", 8))
     with pytest.raises(DataError, match="strategy"):
         deploy("magic", MODEL, cluster(1e11))
     with pytest.raises(DataError, match="group"):
@@ -237,3 +239,16 @@ def test_what_cannot_be_is_refused() -> None:
         deploy("pp", MODEL, cluster(1e11, 64), settings=FREE)
     with pytest.raises(SimulationError, match="no requests"):
         simulate(deploy("tp", MODEL, cluster(1e11)), [])
+
+
+def test_what_the_runtime_serves_is_simulated_and_proposed_by_the_same_name() -> None:
+    from asyncep_sgl.strategies.registry import NAMES as SERVED
+
+    assert set(SERVED) <= set(PROPOSED) <= set(NAMES)
+
+
+def test_an_old_name_serves_for_one_version_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    assert find("dp") is find("replicated")
+    assert "'dp' is now called 'replicated'" in caplog.text
+    with pytest.raises(DataError, match="strategy 'nothing': known are asyncep, replicated"):
+        find("nothing")
