@@ -2,8 +2,8 @@
 
     python bench/soak.py [--quick] [--seconds N] [--seed N]
 
-What every process needs it has after the first five minutes; from then on its memory (each shared page divided by who
-share it) is to stay within 5 %, and its descriptors are to be as many in the end, when nobody asks, as they were then.
+What every process needs it has after the first five minutes; from then on its memory (without pages of files, and
+each shared page divided by who share it) is to stay within 5 %, and its descriptors are to be as many in the end, when nobody asks, as they were then.
 The ranks' prefix caches are small, so that they, and what routers remember of them, are full by then: what grows later
 is no cache. Clients that behave are to be answered right throughout. Writes `bench/out/soak.json`.
 """

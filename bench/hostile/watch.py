@@ -18,13 +18,18 @@ import psutil
 
 @dataclass(frozen=True)
 class Sample:
-    """A process at one moment. Bytes: resident, private to it, and with each shared page divided by who share it."""
+    """A process at one moment. Bytes: resident, private to it, and with each shared page divided by who share it.
+
+    ``own`` is the last without pages of files: those are mostly libraries, of which a process's part grows when another
+    one on the machine that has them too ends.
+    """
 
     seconds: float
     pid: int
     rss: int
     uss: int
     pss: int
+    own: int
     descriptors: int
 
 
@@ -33,11 +38,16 @@ def sampled(roles: Mapping[str, psutil.Process], began: float) -> dict[str, Samp
     found = {}
     for name, process in roles.items():
         with contextlib.suppress(psutil.Error, OSError):
-            memory = process.memory_full_info()
-            found[name] = Sample(
-                round(time.monotonic() - began, 1), process.pid, memory.rss, memory.uss, memory.pss, process.num_fds()
-            )
+            memory, seconds = process.memory_full_info(), round(time.monotonic() - began, 1)
+            own = own_bytes(Path(f"/proc/{process.pid}/smaps_rollup").read_text())
+            found[name] = Sample(seconds, process.pid, memory.rss, memory.uss, memory.pss, own, process.num_fds())
     return found
+
+
+def own_bytes(rollup: str) -> int:
+    """Of a process's ``smaps_rollup``: anonymous and shared memory, each page divided by who share it. Pure."""
+    fields = dict(line.split(":", 1) for line in rollup.splitlines()[1:])
+    return sum(int(fields[name].split()[0]) << 10 for name in ("Pss_Anon", "Pss_Shmem"))
 
 
 def held(process: psutil.Process) -> Counter[str]:
@@ -102,7 +112,7 @@ class Watch(Beside):
     def largest_growth(self) -> tuple[int, str]:
         """Most bytes by which a process ever stood above its first sample, and whose."""
         growths = [
-            (max(sample.pss for sample in series) - series[0].pss, name)
+            (max(sample.own for sample in series) - series[0].own, name)
             for name, series in self.series.items()
             if series
         ]
@@ -143,6 +153,6 @@ def growth(series: Sequence[Sample], settled: float, share: float = 0.15) -> flo
     if len(after) < 4:
         return None
     count = max(2, int(len(after) * share))
-    first = statistics.median(sample.pss for sample in after[:count])
-    last = statistics.median(sample.pss for sample in after[-count:])
+    first = statistics.median(sample.own for sample in after[:count])
+    last = statistics.median(sample.own for sample in after[-count:])
     return last / first - 1 if first else None

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hostile.cases import Case
 from hostile.chaos_batches import checked
@@ -17,7 +18,7 @@ from hostile.honest import Clients, Question, Tally, agree, judged, questions
 from hostile.oracle import Outcome, kind_of, verdict
 from hostile.schemathesis_peer import counted, summary
 from hostile.shrink import curl, simpler, size, smallest
-from hostile.watch import Sample, growth
+from hostile.watch import Sample, growth, own_bytes
 from hostile.wire import send
 from hypothesis import given
 from hypothesis import strategies as st
@@ -169,7 +170,7 @@ def test_a_batchs_lines_are_counted_once_each() -> None:
 
 
 def samples(memory: Callable[[float], int]) -> list[Sample]:
-    return [Sample(float(second), 1, 0, 0, memory(second), 10) for second in range(0, 600, 5)]
+    return [Sample(float(second), 1, 0, 0, 0, memory(second), 10) for second in range(0, 600, 5)]
 
 
 def test_growth_is_seen_once_settled() -> None:
@@ -272,3 +273,12 @@ def test_schemathesis_events_are_counted_where_it_was_killed() -> None:
     ]
     assert counted(lines) == {"operations": 2, "requests": 5, "failures": 2}
     assert counted([]) == {"operations": 0, "requests": 0, "failures": 0}
+
+
+def test_memory_of_ones_own_is_no_part_of_a_library() -> None:
+    found = own_bytes(Path("/proc/self/smaps_rollup").read_text())
+    assert 0 < found < psutil.Process().memory_full_info().pss
+    large = bytearray(64 << 20)
+    large[::4096] = b"x" * (len(large) // 4096)
+    grown = own_bytes(Path("/proc/self/smaps_rollup").read_text()) - found
+    assert len(large) * 0.9 < grown < len(large) * 1.2
