@@ -2,10 +2,10 @@
 
     python bench/soak.py [--quick] [--seconds N] [--seed N]
 
-What every process needs it has after the first five minutes. From then on its memory is to stay within 5 %, without pages
-of files and with each shared page divided by who share it, and its descriptors are to be as many in the end, when nobody
-asks, as they were then. The ranks' prefix caches are small, so that they, and what routers remember of them, are full by
-then: what grows later is no cache. Clients that behave are to be answered right throughout. Writes
+What every process needs it has after the first five minutes. From then on its memory is to stay within 5 %, without
+pages of files and with each shared page divided by who share it, and its descriptors are to be as many in the end, when
+nobody asks, as they were then. The ranks' prefix caches are small, so that they, and what routers remember of them, are
+full by then: what grows later is no cache. Clients that behave are to be answered right throughout. Writes
 `bench/out/soak.json`.
 """
 
