@@ -16,7 +16,7 @@ from asyncep_sgl.front.seams import DETOKENIZER_SEAMS, FRONT_SEAMS
 from asyncep_sgl.platform import fallbacks
 from asyncep_sgl.platform.cpu import AnyCpuPlatform
 from asyncep_sgl.process.lifeline import die_with
-from asyncep_sgl.process.seam import Seam, hook
+from asyncep_sgl.process.seam import Seam, hook, hooked_all
 from asyncep_sgl.rank.reports import RouterEventPublisher
 from asyncep_sgl.rank.seams import CUDA_KERNEL_SEAMS, CUDA_SEAMS, KERNEL_SEAMS, RANK_SEAMS, our_kernels
 from asyncep_sgl.router.seams import CONTROLLER_SEAMS, router_seam
@@ -56,10 +56,14 @@ def all_seams() -> tuple[Seam, ...]:
 
 def seams_of(config: AsyncEPConfig) -> tuple[Seam, ...]:
     """Those of one run, the plain-CPU platform's own aside."""
+    return (*SEAMS, *_further(config))
+
+
+def _further(config: AsyncEPConfig) -> tuple[Seam, ...]:
     router = (router_seam(),) if config.router is not None else ()
     if config.transport != "host":
-        return (*SEAMS, *router, *CUDA_SEAMS, *(CUDA_KERNEL_SEAMS if config.settings.kernels == "ours" else ()))
-    return (*SEAMS, *router, *(KERNEL_SEAMS if our_kernels(config) else ()))
+        return (*router, *CUDA_SEAMS, *(CUDA_KERNEL_SEAMS if config.settings.kernels == "ours" else ()))
+    return (*router, *(KERNEL_SEAMS if our_kernels(config) else ()))
 
 
 def register() -> None:
@@ -70,6 +74,9 @@ def register() -> None:
     if config is None:
         return
     die_with(config.launcher_pid, config.run_directory)
-    hook(seams_of(config))
+    hook(SEAMS)
+    # Only now: the router subclasses what it replaces.
+    hook(_further(config))
     if config.router is not None:
         EventPublisherFactory.register_publisher(ROUTER_PUBLISHER, RouterEventPublisher)
+    hooked_all()

@@ -77,9 +77,9 @@ def check_overrides(ours: type) -> None:
     for name, own in vars(ours).items():
         if name.startswith("__") or f"{ours.__qualname__}.{name}" in HIDDEN:
             continue
-        if not (callable(own) or isinstance(own, property)):
+        function = _function(own)
+        if function is None:
             continue
-        function: Any = own.fget if isinstance(own, property) else own
         meant = getattr(function, "__override__", False)
         base = next((vars(base)[name] for base in ours.__mro__[1:] if _is_upstream(base) and name in vars(base)), None)
         where = f"{ours.__module__}.{ours.__qualname__}.{name}"
@@ -87,8 +87,18 @@ def check_overrides(ours: type) -> None:
             raise SeamError(f"{where} overrides nothing: SGLang has no such method any more")
         if base is not None and not meant:
             raise SeamError(f"{where} has the name of a method of SGLang's; rename it, or mark it with @override")
-        if base is not None and not isinstance(base, property) and not _takes(function, base):
-            raise SeamError(f"{where} takes {inspect.signature(function)}, SGLang's {inspect.signature(base)}")
+        theirs = _function(base)
+        if theirs is not None and not _takes(function, theirs):
+            raise SeamError(f"{where} takes {inspect.signature(function)}, SGLang's {inspect.signature(theirs)}")
+
+
+def _function(attribute: Any) -> Callable[..., Any] | None:
+    """What is called; None for what is no method or property."""
+    if isinstance(attribute, property):
+        return attribute.fget
+    if isinstance(attribute, classmethod | staticmethod):
+        return attribute.__func__
+    return attribute if callable(attribute) else None
 
 
 def _is_upstream(base: type) -> bool:

@@ -138,3 +138,12 @@ def test_tests_mirror_the_source() -> None:
         rooms = set(arrows(package)) | {"router_http"}
         folders = {folder.name for folder in (ROOT / "test" / package).iterdir() if folder.is_dir()} - {"__pycache__"}
         assert folders <= rooms, package
+
+
+def test_the_readme_is_short_and_its_links_are_there() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 700
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for named in re.findall(r"`(docs/[a-z_/]+\.md)`", page.read_text()):
+            assert (ROOT / named).exists(), f"{page.name}: {named}"

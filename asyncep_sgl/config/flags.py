@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args
 
 from asyncep_sgl.errors import UsageError
 
 # Where the experts of a run lie, as far as flags depend on it.
-Mode = Literal["memory", "hosts", "disk", "cuda", "pinned"]
+Mode = Literal["memory", "hosts", "disk", "gpu", "cuda", "pinned"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 _WHERE = {
     "memory": "all experts in this host's memory",
     "hosts": "several hosts (--nnodes)",
     "disk": "experts on disk (--asyncep-expert-memory on a CPU)",
-    "cuda": "experts in the GPUs' memory",
+    "gpu": "all experts in one GPU's memory",
+    "cuda": "a part of the experts in each GPU's memory",
     "pinned": "experts in pinned host memory of a GPU server",
 }
 _Settings = TypeVar("_Settings")
@@ -104,16 +106,17 @@ def given_flags(known: argparse.Namespace, settings: type) -> frozenset[str]:
     return frozenset(flag.name for _, flag in declared(settings) if hasattr(known, _dest(flag)))
 
 
-def refuse_meaningless(given: frozenset[str], settings: type, mode: Mode) -> None:
-    """Refuses flags that would do nothing.
+def meaningless(settings: object, given: frozenset[str], modes: Collection[Mode]) -> Iterator[Declared]:
+    """Flags that a command line has, with another value than the default, and that do nothing in any of the modes."""
+    for one, flag in declared(type(settings)):
+        if flag.name in given and getattr(settings, one.name) != one.default and not set(modes) & set(flag.only):
+            yield flag
 
-    Raises:
-        UsageError: one of the flags means nothing in this mode; names it and where it does.
-    """
-    for _, flag in declared(settings):
-        if flag.name in given and mode not in flag.only:
-            where = " or ".join(_WHERE[one] for one in flag.only)
-            raise UsageError(f"{flag.name}: only with {where}; here it is {_WHERE[mode]}; leave the flag out")
+
+def useless(flag: Declared, mode: Mode) -> str:
+    """Why a flag does nothing where the experts lie so."""
+    where = " or ".join(_WHERE[one] for one in flag.only)
+    return f"{flag.name}: only with {where}; here it is {_WHERE[mode]}"
 
 
 def parse_size(text: str) -> int:
@@ -138,7 +141,9 @@ def parse_size(text: str) -> int:
 
 def _check(flag: Declared, value: float) -> None:
     words = None
-    if flag.least is not None and not value >= flag.least:
+    if not math.isfinite(value):
+        words = "a finite number"
+    elif flag.least is not None and not value >= flag.least:
         words = f"at least {flag.least:g}"
     elif flag.above is not None and not value > flag.above:
         words = f"above {flag.above:g}"

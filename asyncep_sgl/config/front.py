@@ -30,7 +30,7 @@ class FrontSettings:
         "log-probabilities in one answer: positions times ids, all prompts together (400 beyond)",
         least=1,
     )
-    max_connections: int = setting(4096, "N", "open connections; further ones are closed at once", least=1)
+    max_connections: int = setting(4096, "N", "open connections; further ones are answered 503 and closed", least=1)
     header_timeout_secs: float = setting(10.0, "S", "time a client has to send a request's headers", least=0.1)
     body_timeout_secs: float = setting(30.0, "S", "longest pause in sending a body, or in taking an answer", least=0.1)
     keep_alive_timeout_secs: int = setting(75, "S", "time after which an unused connection is closed", least=1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from asyncep_router.keys import Keys
-from asyncep_sgl.config.flags import Mode, refuse_meaningless
+from asyncep_sgl.config.flags import Mode, meaningless, useless
 from asyncep_sgl.config.front import FrontSettings
 from asyncep_sgl.config.settings import BatchSettings, GroupSettings, RouterSettings, RunSettings
+from asyncep_sgl.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,23 @@ class ServeOptions:
     given: frozenset[str]
     passed: tuple[str, ...]
 
-    def refuse_meaningless(self, mode: Mode) -> None:
+    def refuse_meaningless(self, mode: Mode, possible: Collection[Mode] = ()) -> list[str]:
         """Refuses flags that would do nothing where the experts lie so.
+
+        Args:
+            mode: of this run.
+            possible: modes of which the server has chosen this one by itself. A flag that means something in another of
+                them is not refused, because the next machine may choose otherwise.
+
+        Returns:
+            A warning for each flag that does nothing here.
 
         Raises:
             UsageError: names the flag and where it means something.
         """
-        for settings in (RunSettings, GroupSettings):
-            refuse_meaningless(self.given, settings, mode)
+        warnings = []
+        for settings in (self.run, self.group):
+            for flag in meaningless(settings, self.given, {mode, *possible}):
+                raise UsageError(f"{useless(flag, mode)}; leave the flag out")
+            warnings += [useless(flag, mode) for flag in meaningless(settings, self.given, {mode})]
+        return warnings

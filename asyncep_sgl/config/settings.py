@@ -67,7 +67,7 @@ class RunSettings:
         "on GPUs: cuda keeps a part of the experts in each GPU and gathers from the others, pinned keeps them in host "
         "memory; auto: cuda where they fit; has not run on a GPU yet",
         choices=get_args(Transport),
-        only=("cuda", "pinned"),
+        only=("gpu", "cuda", "pinned"),
     )
     strategy: str | None = setting(
         None,
@@ -75,13 +75,13 @@ class RunSettings:
         "how experts and tokens come together: replicated (this host's memory has all experts), asyncep (each host or "
         "GPU keeps a part and gathers the rest ahead of the computation), or MODULE:CLASS of your own "
         "(docs/strategies.md)",
-        shown="asyncep where other flags divide the experts, else replicated",
+        shown="asyncep where the experts are divided (several hosts or GPUs, or too little memory), else replicated",
     )
     threshold_tokens: int = setting(
         2048,
         "N",
-        "smallest efficient batch, as the cost of one prompt of N tokens. Each rank gets up to two such batches ahead; "
-        "where weights are gathered, batches are cut at the measured T, but never below this",
+        "smallest batch that a rank is meant to compute, in FLOPs of one prompt of N tokens. The router gives each "
+        "rank up to two batches. Where ranks gather, a batch is T if T is more",
         least=1,
     )
     without: tuple[Saving, ...] = setting(
@@ -105,7 +105,7 @@ class RouterSettings:
     """The router inside the engine."""
 
     max_wait_ms: float = setting(
-        0.0, "MS", "longest time a batch smaller than T waits for more requests while ranks are idle", least=0
+        0.0, "MS", "longest time that less than a batch of work waits for more while ranks are idle", least=0
     )
     log_decisions: bool = setting(False, "", "log each routing decision as a JSON line")
 
@@ -119,14 +119,13 @@ class RouterSettings:
 class GroupSettings:
     """Experts that are not all in memory which every rank reads: hosts that share them, or layers on disk."""
 
-    nodes: int = setting(1, "N", "hosts that share the experts", name="--nnodes", least=1)
-    node: int = setting(0, "I", "which of them this is, from 0", name="--node-rank", only=("hosts",))
+    nodes: int = setting(1, "N", "hosts that share the experts, on CPUs only", name="--nnodes", least=1)
+    node: int = setting(0, "I", "which of them this is, from 0", name="--node-rank")
     rendezvous: str = setting(
         "",
         "HOST:PORT",
-        "address of node 0 that every host can reach; hosts may start in any order",
+        "address of the host with --node-rank 0 that every host can reach; hosts may start in any order",
         name="--dist-init-addr",
-        only=("hosts",),
     )
     copies: int = setting(
         1,
@@ -153,8 +152,8 @@ class GroupSettings:
     resident_experts: int = setting(
         0,
         "N",
-        "experts of every other layer that each host keeps beyond its share, or beside --asyncep-expert-memory: so "
-        "many less to gather",
+        "N more experts of every other layer that each host keeps, beyond its share or beyond --asyncep-expert-memory; "
+        "a rank gathers N fewer",
         least=0,
         only=("hosts", "disk"),
     )

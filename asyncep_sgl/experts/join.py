@@ -6,7 +6,6 @@ from typing import Literal
 
 from asyncep_sgl.config.run import GroupConfig
 from asyncep_sgl.experts.shard.manager import ExpertManager
-from asyncep_sgl.experts.sources.device_managers import DeviceExpertManager, PinnedExpertManager
 
 
 def join_store(
@@ -17,5 +16,10 @@ def join_store(
     Raises:
         StoreError: see `ExpertManager.join`.
     """
-    kinds = {"host": ExpertManager, "cuda": DeviceExpertManager, "pinned": PinnedExpertManager}
-    return kinds[transport].join(rank, ranks, address, group)
+    kind: type[ExpertManager] = ExpertManager
+    if transport != "host":
+        # Imported only now: a CPU's ranks have no need of them.
+        from asyncep_sgl.experts.sources.device_managers import DeviceExpertManager, PinnedExpertManager
+
+        kind = DeviceExpertManager if transport == "cuda" else PinnedExpertManager
+    return kind.join(rank, ranks, address, group)

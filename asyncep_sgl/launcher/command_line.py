@@ -18,8 +18,8 @@ from asyncep_sgl.process.key_memory import ADMIN_KEY_VARIABLE, KEY_VARIABLE
 _DESCRIPTION = """\
 Serve a Mixture-of-Experts model for prefill-only work: classification, scoring, reranking.
 
---dp-size N starts N independent ranks that share one copy of the experts. Every flag of SGLang's own server is
-taken as well and passed on; `sglang serve --help` lists them.
+--dp-size N starts N independent ranks. On CPUs they share one copy of the experts. SGLang's own flags are passed on to
+its server (`sglang serve --help` lists them); those that cannot be served are refused by name.
 """
 
 _EXAMPLES = """\
@@ -75,14 +75,21 @@ def parse(arguments: Sequence[str]) -> ServeOptions:
     parser.add_argument("--quantization", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=30000, help="port to listen on (default 30000)")
-    parser.add_argument("--dtype", default="auto", help="bfloat16 or float32 (default: the checkpoint's)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="bfloat16 or float32; on GPUs bfloat16 only "
+        "(default: the checkpoint's, but float16 for a float32 checkpoint)",
+    )
     parser.add_argument("--revision", default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--device", default=None, help="cpu, cuda … (default: what is found)")
+    parser.add_argument("--device", default=None, help="cpu or cuda (default: what is found)")
     for title, description, settings in _GROUPS[:-1]:
         add_flags(parser.add_argument_group(title, description), settings)
     access = parser.add_argument_group("keys", "KEY may be @FILE, whose first line is the key; docs/security.md")
     access.add_argument(
-        "--api-key", metavar="KEY", help="key that clients send (default: $ASYNCEP_API_KEY; without, none is asked for)"
+        "--api-key",
+        metavar="KEY",
+        help="key that clients send (default: $ASYNCEP_API_KEY; without a key, anybody may call)",
     )
     access.add_argument(
         "--admin-api-key", metavar="KEY", help="key of control endpoints such as /flush_cache ($ASYNCEP_ADMIN_API_KEY)"

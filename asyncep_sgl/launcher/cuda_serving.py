@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from asyncep_router.cost import read_shape
+from asyncep_sgl.config.flags import Mode
 from asyncep_sgl.config.options import ServeOptions
 from asyncep_sgl.config.run import GroupConfig
 from asyncep_sgl.errors import UsageError
@@ -45,6 +46,11 @@ class CudaPlan:
     flags: tuple[str, ...]
     environment: Mapping[str, str]
     reason: str
+
+    @property
+    def mode(self) -> Mode:
+        """Where the experts lie, as far as flags depend on it."""
+        return "gpu" if self.transport == "cuda" and self.group.devices == 1 else self.transport
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,9 @@ def serve(options: ServeOptions, signals: StopSignals | None = None) -> int:
     check_supported(model_config, device="cpu" if cpu else "cuda")
     cuda = None if cpu else _plan_cuda(options, model_config)
     if cuda is not None:
-        options.refuse_meaningless(cuda.transport)
+        possible: tuple[Mode, ...] = ("gpu", "cuda", "pinned") if options.run.transport == "auto" else ()
+        for warning in options.refuse_meaningless(cuda.mode, possible):
+            logger.warning("%s", warning)
     group = _group(options, model_config, cuda)
     registry.find(_strategy(options, group)).refuse(options, group)
     check_batch_folder(options)

@@ -22,6 +22,7 @@ class Seam(NamedTuple):
 
 
 _asked_for: list[str] = []
+_complete = False
 
 
 def hook(seams: Iterable[Seam]) -> None:
@@ -31,6 +32,12 @@ def hook(seams: Iterable[Seam]) -> None:
         _asked_for.append(seam.target)
 
 
+def hooked_all() -> None:
+    """The plug-in has asked for all of its hooks."""
+    global _complete
+    _complete = True
+
+
 def assert_active() -> None:
     """Checks that every seam is hooked in this process.
 
@@ -38,6 +45,7 @@ def assert_active() -> None:
         SystemExit: one is not, named; serving on would silently do without it.
     """
     missing = [target for target in _asked_for if target not in HookRegistry._patched]
-    if missing or not _asked_for:
-        which = missing[0] if missing else "processes"
+    if missing or not _complete:
+        # What a plug-in raises while it is registered, SGLang only logs.
+        which = missing[0] if missing else "processes, for a reason that SGLang has logged,"
         raise SystemExit(f"asyncep: SGLang's {which} could not be hooked; is the pinned sglang==0.5.23 installed?")

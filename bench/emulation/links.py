@@ -24,9 +24,10 @@ SEED = 7
 MARGIN = 1.2
 # Batches are to go past the crossing, so they are cut well above it; what is called T below has the usual margin.
 FLAGS = (
-    "--asyncep-margin", "1.8", "--chunked-prefill-size", "36864", "--max-prefill-tokens", "36864",
+    "--chunked-prefill-size", "36864", "--max-prefill-tokens", "36864",
     "--max-total-tokens", "131072", "--disable-radix-cache",
 )  # fmt: skip
+GATHERING = ("--asyncep-margin", "1.8")
 # So many of a batch's last layers show what a layer waits.
 STEADY = 2
 # Batches of so much of what calibration says just hides a gather.
@@ -176,7 +177,7 @@ def measure(rate: str, model: Path, config: dict[str, Any], quick: bool, expecte
     most = config["max_position_embeddings"] - 64
     repeats = 1 if quick else 3
     with two_hosts(rate) as hosts:
-        with group(hosts, model, *FLAGS) as servers:
+        with group(hosts, model, *FLAGS, *GATHERING) as servers:
             numbers = random.Random(SEED)
             prompts = [random_prompt(numbers, 200, vocabulary) for _ in expected]
             answers = [[server.ask(prompt) for prompt in prompts] for server in servers]

@@ -96,8 +96,8 @@ class CacheAware:
 class BaselinePolicy:
     """Another router's choice as a `Policy`: a rank at once for every request, nothing held back while any accepts.
 
-    Baselines number ranks from 0 without gaps, so one is made anew whenever the accepting ranks change; `cache_aware`
-    then starts with an empty tree.
+    Baselines number ranks from 0 without gaps, so one is made anew when a request comes and the accepting ranks are not
+    those it was made for; `cache_aware` then starts with an empty tree.
 
     `cost`: charges requests, for those who look; None charges nothing.
     """
@@ -106,6 +106,7 @@ class BaselinePolicy:
         self._cost = cost
         self._make = make
         self._baseline: Baseline = make()
+        self._made_for: list[int] = []
         self._ranks: list[int] = []  # accepting, ascending
         self._known: set[int] = set()
         self._trial: set[int] = set()
@@ -169,10 +170,7 @@ class BaselinePolicy:
         if rank not in self._known:
             raise UnknownRankError(f"rank {rank} never joined")
         (self._trial.add if trial and accepting else self._trial.discard)(rank)
-        ranks = sorted({*self._ranks, rank} if accepting else {*self._ranks} - {rank})
-        if ranks != self._ranks:
-            self._ranks = ranks
-            self._baseline = self._make()
+        self._ranks = sorted({*self._ranks, rank} if accepting else {*self._ranks} - {rank})
 
     def cache_cleared(self, rank: int) -> None:
         """Their views have no such thing; wrong hints age out."""
@@ -191,6 +189,8 @@ class BaselinePolicy:
         for request in list(self._waiting.values()) if self._ranks else ():
             rank = request.pinned
             if rank is None:
+                if self._made_for != self._ranks:
+                    self._baseline, self._made_for = self._make(), list(self._ranks)
                 rank = self._ranks[self._baseline.choose(request.token_ids, [self._load[r] for r in self._ranks])]
             if rank not in self._ranks or (rank in self._trial and self._load[rank]):
                 continue
@@ -227,7 +227,10 @@ class BaselinePolicy:
 
     def abort(self, rid: str = "", *, prefix: bool = False, everything: bool = False) -> list[Request]:
         """See `Policy`."""
-        gone = [name for name in self._waiting if everything or name == rid or (prefix and name.startswith(rid))]
+        if not prefix and not everything:
+            one = self._waiting.pop(rid, None)
+            return [] if one is None else [one]
+        gone = [name for name in self._waiting if everything or name.startswith(rid)]
         return [self._waiting.pop(name) for name in gone]
 
     def outstanding(self, rank: int) -> int:

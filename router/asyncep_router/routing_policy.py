@@ -88,6 +88,7 @@ class RoutingPolicy:
             threshold = self.gate.threshold(rank) if rank in self._known else self.limits.default_threshold
         self._known.add(rank)
         self.gate.join(rank, threshold)
+        self.gate.set_trial(rank, False)
         self.view.set_capacity(rank, cache_tokens)
 
     def rank_died(self, rank: int) -> list[Request]:

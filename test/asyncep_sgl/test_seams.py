@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 
-import msgspec
 import pytest
 from sglang.srt.plugins.hook_registry import HookType
 
 from asyncep_sgl import plugin
 from asyncep_sgl.config.run import AsyncEPConfig
+from asyncep_sgl.config.settings import RunSettings
 from asyncep_sgl.errors import SeamError
+from asyncep_sgl.process import seam
 from asyncep_sgl.process.seam import Seam, assert_active
 from asyncep_sgl.rank import seams as rank
 from asyncep_sgl.upstream_check import check_overrides, check_upstream
@@ -39,6 +40,20 @@ def test_a_seam_that_was_not_hooked_stops_the_start() -> None:
         assert_active()
 
 
+def test_a_plug_in_that_broke_off_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang logs what a plug-in raises, and goes on."""
+    monkeypatch.setattr(seam, "_asked_for", ["sglang.some.target"])
+    monkeypatch.setattr(seam.HookRegistry, "_patched", {"sglang.some.target"})
+    with pytest.raises(SystemExit, match="processes, for a reason that SGLang has logged"):
+        assert_active()
+    monkeypatch.setattr(seam, "_complete", False)
+    seam.hooked_all()
+    assert_active()
+    monkeypatch.setattr(seam, "_asked_for", ["sglang.some.target", "sglang.other.target"])
+    with pytest.raises(SystemExit, match=r"sglang\.other\.target could not be hooked"):
+        assert_active()
+
+
 @pytest.mark.parametrize(
     ("transport", "kernels", "seams"),
     [
@@ -51,12 +66,16 @@ def test_a_seam_that_was_not_hooked_stops_the_start() -> None:
 def test_a_runs_seams_are_those_of_its_transport(
     transport: str, kernels: str, seams: tuple[Seam, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = AsyncEPConfig(ranks=1, store_address="", launcher_pid=1, load_board="")
-    monkeypatch.setattr(plugin, "our_kernels", lambda config: False)
-    assert plugin.seams_of(msgspec.structs.replace(run, transport=transport, kernels=kernels)) == (
-        *plugin.SEAMS,
-        *seams,
+    run = AsyncEPConfig(
+        ranks=1,
+        store_address="",
+        launcher_pid=1,
+        load_board="",
+        transport=transport,  # type: ignore[arg-type]
+        settings=RunSettings(kernels=kernels),  # type: ignore[arg-type]
     )
+    monkeypatch.setattr(plugin, "our_kernels", lambda config: False)
+    assert plugin.seams_of(run) == (*plugin.SEAMS, *seams)
 
 
 def _ours() -> list[type]:

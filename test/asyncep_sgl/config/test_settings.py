@@ -15,7 +15,7 @@ import asyncep_sgl
 from asyncep_sgl.config.flags import MODES, Declared, Mode, add_flags, declared, read_flags, setting
 from asyncep_sgl.config.front import FrontSettings
 from asyncep_sgl.config.run import CONFIG_VARIABLE, AsyncEPConfig
-from asyncep_sgl.config.settings import BatchSettings, GroupSettings, RouterSettings, RunSettings
+from asyncep_sgl.config.settings import GATHERING, BatchSettings, GroupSettings, RouterSettings, RunSettings
 from asyncep_sgl.errors import UsageError
 from asyncep_sgl.launcher import launch
 from asyncep_sgl.launcher.command_line import parse
@@ -33,20 +33,18 @@ MODE_FLAGS: dict[Mode, list[str]] = {
     "memory": ["--device", "cpu"],
     "hosts": ["--device", "cpu", "--nnodes", "2", "--dist-init-addr", "host:1", "--dp-size", "2"],
     "disk": ["--device", "cpu", "--asyncep-expert-memory", "1"],
+    "gpu": ["--device", "cuda", "--asyncep-transport", "cuda"],
     "cuda": ["--device", "cuda", "--dp-size", "2", "--asyncep-transport", "cuda"],
     "pinned": ["--device", "cuda", "--asyncep-transport", "pinned"],
 }
-# Values that suit every mode, where a number or the first choice does not.
+# Flags that make a mode or that other tests are about.
+ELSEWHERE = {"--asyncep-strategy", "--nnodes", "--node-rank", "--dist-init-addr"}
+# Values other than the default, where neither a 3 nor another choice is one.
 VALUES = {
-    "--asyncep-strategy": None,  # the strategies' own tests
-    "--nnodes": None,  # makes the mode
-    "--dist-init-addr": "host:2",
     "--asyncep-expert-memory": "1",
-    "--asyncep-transport": "auto",
-    "--asyncep-batch-dir": "",
+    "--asyncep-batch-dir": "batches",
     "--asyncep-without": "direct-replies",
-    "--asyncep-copies": "1",
-    "--node-rank": "0",
+    "--asyncep-copies": "2",
     "--asyncep-cors-origins": "https://a",
 }
 
@@ -55,8 +53,16 @@ def value_of(flag: Declared, default: Any) -> list[str]:
     if default is False:
         return []
     if flag.name in VALUES:
-        return [str(VALUES[flag.name])]
-    return [flag.choices[0] if flag.choices else "3"]
+        return [VALUES[flag.name]]
+    return [next((choice for choice in flag.choices if choice != default), "3")]
+
+
+def default_of(group: type, name: str) -> Any:
+    return next(field.default for field in fields(group) if field.name == name)
+
+
+def changes_the_mode(flag: Declared, mode: Mode) -> bool:
+    return flag.name == "--asyncep-expert-memory" and mode == "memory"
 
 
 class Recorded:
@@ -102,21 +108,68 @@ def run_of(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_each_flag_is_used_or_refused(mode: Mode, run_of: Callable[..., AsyncEPConfig]) -> None:
-    """Used: whoever reads the setting finds what was given. That somebody does is the next test's."""
-    there = MODE_FLAGS[mode]
-    run_of(*there)
+def test_each_flag_reaches_every_process_or_is_refused(
+    mode: Mode, run_of: Callable[..., AsyncEPConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_of(*MODE_FLAGS[mode])
     for group, name, flag in FLAGS:
-        default = next(field.default for field in fields(group) if field.name == name)
-        makes_another_mode = mode == "memory" and flag.name == "--asyncep-expert-memory"
-        if makes_another_mode or VALUES.get(flag.name, "") is None:
+        default = default_of(group, name)
+        given = value_of(flag, default)
+        if flag.name in ELSEWHERE or changes_the_mode(flag, mode):
             continue
-        arguments = [flag.name, *value_of(flag, default)]
-        if mode in flag.only:
-            run_of(*there, *arguments)
+        if flag.name == "--asyncep-transport" and mode in ("gpu", "cuda", "pinned"):
+            given = ["pinned" if mode == "pinned" else "cuda"]
+        # SGLang's kernels do not see what was gathered: the strategy refuses them.
+        blind = flag.name == "--asyncep-kernels" and mode in GATHERING
+        if mode not in flag.only or blind:
+            with pytest.raises(UsageError, match=f"{flag.name}[: ]"):
+                run_of(*MODE_FLAGS[mode], flag.name, *given)
+            continue
+        config = run_of(*MODE_FLAGS[mode], flag.name, *given)
+        there: Any = {
+            RunSettings: config.settings,
+            RouterSettings: config.router,
+            GroupSettings: config.group,
+            BatchSettings: config.batches,
+            FrontSettings: config.front,
+        }[group]
+        found = getattr(there, name)
+        if (mode, flag.name) == ("pinned", "--asyncep-gather-depth"):
+            assert 1 <= found <= 3, "as far as memory goes"
+        elif flag.name == "--asyncep-batch-dir":
+            assert Path(found) == tmp_path / "batches"
+        elif isinstance(found, tuple):
+            assert found == (given[0],)
         else:
-            with pytest.raises(UsageError, match=f"{flag.name}: only with .*leave the flag out"):
-                run_of(*there, *arguments)
+            assert (found is True) if default is False else str(found).removesuffix(".0") == given[0], flag.name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_default_that_is_given_is_never_refused(mode: Mode, run_of: Callable[..., AsyncEPConfig]) -> None:
+    for group, name, flag in FLAGS:
+        default = default_of(group, name)
+        if default not in (None, False, (), "") and flag.name not in ("--nnodes", "--asyncep-transport"):
+            run_of(*MODE_FLAGS[mode], flag.name, str(default))
+
+
+def test_sglangs_flags_of_several_hosts_may_be_given_for_one(run_of: Callable[..., AsyncEPConfig]) -> None:
+    """As templates for any number of hosts do."""
+    run_of("--device", "cpu", "--nnodes", "1", "--node-rank", "0", "--dist-init-addr", "localhost:20000")
+
+
+def test_what_another_gpu_would_use_is_no_error_on_this_one(
+    run_of: Callable[..., AsyncEPConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the server chose by the GPU's memory, the same command has to start on a smaller one."""
+    run_of("--device", "cuda", "--dp-size", "2", "--asyncep-store-limit", "1GiB")
+    assert "--asyncep-store-limit: only with" in caplog.text
+    with pytest.raises(UsageError, match=r"--asyncep-verify: only with several hosts .*leave the flag out"):
+        run_of("--device", "cuda", "--dp-size", "2", "--asyncep-verify", "off")
+
+
+# Where the settings are named; others have attributes of the same names.
+OWNERS = {"settings", "run", "group", "batches", "front", "router", "options", "asked"}
 
 
 def test_somebody_reads_each_setting() -> None:
@@ -126,30 +179,13 @@ def test_somebody_reads_each_setting() -> None:
         for file in package.rglob("*.py")
         if file.parent.name != "config"
         for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+        if isinstance(node, ast.Attribute)
+        and (getattr(node.value, "attr", None) or getattr(node.value, "id", None)) in OWNERS
     }
     # By the property that makes seconds of it, and by the method that fills in the automatic value.
     through = {"max_wait_ms": "max_wait_seconds", "max_prompt_chars": "prompt_chars"}
     for _, name, flag in FLAGS:
         assert through.get(name, name) in read, flag.name
-
-
-def test_settings_reach_every_process_as_they_were_given(run_of: Callable[..., AsyncEPConfig]) -> None:
-    """Each group travels whole, so a new setting needs no line of its own on the way."""
-    for group, name, flag in FLAGS:
-        mode = "memory" if "memory" in flag.only else next(one for one in ("hosts", "disk", "cuda") if one in flag.only)
-        default = next(field.default for field in fields(group) if field.name == name)
-        if flag.name in VALUES or flag.choices[:1] == (default,):
-            continue
-        config = run_of(*MODE_FLAGS[mode], flag.name, *value_of(flag, default))
-        there: Any = {
-            RunSettings: config.settings,
-            RouterSettings: config.router,
-            GroupSettings: config.group,
-            BatchSettings: config.batches,
-            FrontSettings: config.front,
-        }[group]
-        assert getattr(there, name) == (True if default is False else 3), flag.name
 
 
 def test_names_are_each_ones_own() -> None:
@@ -159,11 +195,10 @@ def test_names_are_each_ones_own() -> None:
 
 @pytest.mark.parametrize(("group", "name", "flag"), FLAGS, ids=NAMES)
 def test_a_number_out_of_bounds_is_refused_by_name(group: type, name: str, flag: Declared) -> None:
-    for bound, beyond in ((flag.least, -1.0), (flag.above, 0.0), (flag.most, 1.0)):
-        if bound is None:
-            continue
-        value = bound + beyond
-        text = f"{value:g}"
+    default = default_of(group, name)
+    bounds = [(flag.least, -1.0), (flag.above, 0.0), (flag.most, 1.0)]
+    wrong = [f"{bound + beyond:g}" for bound, beyond in bounds if bound is not None]
+    for text in [*wrong, *(("inf", "nan") if isinstance(default, float) else ())]:
         parser = argparse.ArgumentParser()
         add_flags(parser.add_argument_group("x"), group)
         try:

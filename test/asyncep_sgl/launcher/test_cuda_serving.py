@@ -195,7 +195,7 @@ def test_the_launcher_starts_what_was_planned(
 def test_other_devices_and_misplaced_flags_are_refused(tiny_model: Callable[[str], Path]) -> None:
     with pytest.raises(UsageError, match="--device xpu: served are cuda and cpu"):
         launch.serve(parse(["--model", "m", "--device", "xpu"]))
-    with pytest.raises(UsageError, match="--asyncep-transport: only with experts in the GPUs' memory or"):
+    with pytest.raises(UsageError, match="--asyncep-transport: only with all experts in one GPU's memory or"):
         launch.serve(parse(["--model", "m", "--device", "cpu", "--asyncep-transport", "pinned"]))
 
 
