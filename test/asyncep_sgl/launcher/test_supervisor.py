@@ -185,7 +185,7 @@ def test_nothing_outlives_a_launcher_that_is_killed(serving: bool, launch: Calla
 def test_a_signal_before_there_is_anything_ends_the_start() -> None:
     script = (
         "import os, signal, sys\n"
-        "from asyncep_sgl import launch\n"
+        "import asyncep_sgl.launch_server as launch\n"
         "launch.parse = lambda _: os.kill(os.getpid(), signal.SIGTERM)\n"
         "sys.exit(launch.main([]))"
     )

@@ -108,7 +108,7 @@ def test_every_address_of_a_host_is_taken(host: str, addresses: set[str], port: 
 def test_it_is_handed_to_the_front_and_to_none_of_its_children(port: int) -> None:
     script = (
         "import os, socket, subprocess, sys\n"
-        "from asyncep_sgl import listening\n"
+        "from asyncep_sgl.process import listening\n"
         "door = listening.inherited()\n"
         "assert 'ASYNCEP_LISTENERS' not in os.environ\n"
         "number = door.sockets[0].fileno()\n"

@@ -116,16 +116,18 @@ def test_a_batch_survives_the_death_of_a_rank_and_of_the_server(host: Host) -> N
     rows = [completion(number, 240) for number in range(ROWS)]
     rows[17]["body"]["max_tokens"] = 50
     batch = host.order(rows, metadata={"who": "test"})
-    host.wait(batch, lambda found: found.request_counts is not None and found.request_counts.completed >= 50)
-    os.kill(host.rank_pid(), signal.SIGKILL)
-    half = host.wait(batch, lambda found: found.request_counts is not None and found.request_counts.completed >= 200)
+    half = host.wait(batch, lambda found: found.request_counts is not None and found.request_counts.completed >= 50)
     assert half.status == "in_progress"
+    os.kill(host.rank_pid(), signal.SIGKILL)
+    # While the rank is away nothing goes on: the server dies in the middle of the batch, however fast the machine is.
     host.killed_and_started_again()
     again = host.client.batches.retrieve(batch.id)
     # What was kept before the kill is not done again.
     assert again.request_counts is not None
     assert half.request_counts is not None
     assert again.request_counts.completed >= half.request_counts.completed
+    # Of this server a rank alone dies.
+    os.kill(host.rank_pid(), signal.SIGKILL)
     done = host.wait(batch)
     assert done.status == "completed"
     assert done.metadata == {"who": "test"}
