@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar, get_args
 
 from asyncep_sgl.errors import UsageError
@@ -63,7 +63,7 @@ def declared(settings: type) -> Iterator[tuple[Field[Any], Declared]]:
         found: Declared | None = one.metadata.get(_DECLARED)
         if found is not None:
             name = found.name or "--asyncep-" + one.name.replace("_", "-")
-            yield one, Declared(**{**vars(found), "name": name})
+            yield one, replace(found, name=name)
 
 
 def add_flags(group: argparse._ArgumentGroup, settings: type) -> None:
@@ -101,16 +101,16 @@ def read_flags(known: argparse.Namespace, settings: type[_Settings]) -> _Setting
     return settings(**given)
 
 
-def given_flags(known: argparse.Namespace, settings: type) -> frozenset[str]:
-    """Names of the settings' flags that a command line has."""
-    return frozenset(flag.name for _, flag in declared(settings) if hasattr(known, _dest(flag)))
-
-
-def meaningless(settings: object, given: frozenset[str], modes: Collection[Mode]) -> Iterator[Declared]:
-    """Flags that a command line has, with another value than the default, and that do nothing in any of the modes."""
-    for one, flag in declared(type(settings)):
-        if flag.name in given and getattr(settings, one.name) != one.default and not set(modes) & set(flag.only):
+def meaningless(settings: object, modes: Collection[Mode]) -> Iterator[Declared]:
+    """Flags with another value than the default that do nothing in any of the modes."""
+    for flag in changed(settings):
+        if not set(modes) & set(flag.only):
             yield flag
+
+
+def changed(settings: object) -> Iterator[Declared]:
+    """Flags with another value than the default."""
+    return (flag for one, flag in declared(type(settings)) if getattr(settings, one.name) != one.default)
 
 
 def useless(flag: Declared, mode: Mode) -> str:

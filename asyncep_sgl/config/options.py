@@ -23,7 +23,6 @@ class ServeOptions:
         dtype, revision, device: as SGLang has them; None is SGLang's own choice.
         run, router, group, batches, front: our settings.
         keys: of clients and of the administrator.
-        given: which of our flags the command line has.
         passed: SGLang's own flags as the user gave them, the above excluded.
     """
 
@@ -40,7 +39,6 @@ class ServeOptions:
     batches: BatchSettings
     front: FrontSettings
     keys: Keys
-    given: frozenset[str]
     passed: tuple[str, ...]
 
     def refuse_meaningless(self, mode: Mode, possible: Collection[Mode] = ()) -> list[str]:
@@ -59,7 +57,7 @@ class ServeOptions:
         """
         warnings = []
         for settings in (self.run, self.group):
-            for flag in meaningless(settings, self.given, {mode, *possible}):
+            for flag in meaningless(settings, {mode, *possible}):
                 raise UsageError(f"{useless(flag, mode)}; leave the flag out")
-            warnings += [useless(flag, mode) for flag in meaningless(settings, self.given, {mode})]
+            warnings += [useless(flag, mode) for flag in meaningless(settings, {mode})]
         return warnings

@@ -36,6 +36,7 @@ class GroupConfig(GroupSettings):
     """Where the experts of a run lie, and how this host gathers what it lacks.
 
     Attributes:
+        depth: slots of gathered layers in each rank.
         resident_layers: MoE layers, from the first, that every host, or device, keeps whole.
         memory_limit: bytes of experts this host may keep; layers beyond it stay in the checkpoint. None keeps all.
         model: fingerprint of the checkpoint.
@@ -45,6 +46,7 @@ class GroupConfig(GroupSettings):
         gathers: whether a rank lacks experts of any layer, see `asyncep_sgl.experts.shard.holdings`.
     """
 
+    depth: int = 2
     resident_layers: int = 0
     memory_limit: int | None = None
     model: str = ""
@@ -52,6 +54,11 @@ class GroupConfig(GroupSettings):
     devices: int = 1
     lanes: int = 1
     gathers: bool = False
+
+    @classmethod
+    def of(cls, settings: GroupSettings, depth: int = 2) -> GroupConfig:
+        """What was asked for; ``depth`` where the settings leave it open."""
+        return cls(**vars(settings), depth=settings.gather_depth or depth)
 
     @property
     def divides(self) -> bool:

@@ -157,11 +157,11 @@ class GroupSettings:
         least=0,
         only=("hosts", "disk"),
     )
-    depth: int = setting(
-        2,
+    gather_depth: int | None = setting(
+        None,
         "N",
         "slots of gathered layers in each rank; 1 overlaps with attention only",
-        name="--asyncep-gather-depth",
+        kind=int,
         least=1,
         shown="2; 4 from pinned memory",
         only=GATHERING,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from asyncep_router.errors import ConfigError
 from asyncep_router.keys import Keys, key_from
-from asyncep_sgl.config.flags import add_flags, declared, given_flags, read_flags
+from asyncep_sgl.config.flags import add_flags, changed, read_flags
 from asyncep_sgl.config.front import FrontSettings
 from asyncep_sgl.config.options import ServeOptions
 from asyncep_sgl.config.settings import BatchSettings, GroupSettings, RouterSettings, RunSettings
@@ -116,7 +116,6 @@ def parse(arguments: Sequence[str]) -> ServeOptions:
         batches=read_flags(known, BatchSettings),
         front=read_flags(known, FrontSettings),
         keys=_keys(known),
-        given=frozenset().union(*(given_flags(known, settings) for _, _, settings in _GROUPS)),
         passed=tuple(passed),
     )
     _refuse_unservable(known, options)
@@ -178,12 +177,11 @@ def _refuse_impossible_group(group: GroupSettings) -> None:
 def _refuse_without_router(options: ServeOptions) -> None:
     if uses_our_router(options):
         return
-    for _, flag in declared(RouterSettings):
-        if flag.name in options.given:
-            raise UsageError(
-                f"{flag.name}: for the router inside the server, which there is not with --load-balance-method and on "
-                "one rank of several hosts; leave the flag out"
-            )
+    for flag in changed(options.router):
+        raise UsageError(
+            f"{flag.name}: for the router inside the server, which there is not with --load-balance-method and on one "
+            "rank of several hosts; leave the flag out"
+        )
 
 
 def uses_our_router(options: ServeOptions) -> bool:

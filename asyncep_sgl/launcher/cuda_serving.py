@@ -100,13 +100,13 @@ def plan(
     weights = Weights.of(config, item_bytes)
     memory = int(min(gpu.memory for gpu in gpus[: options.ranks]) * WEIGHTS_SHARE) - weights.others
     asked = options.group
-    group = replace(GroupConfig(**vars(asked)), memory_limit=None, resident_layers=0)
-    transport, why = _transport(options, weights, memory)
+    group = replace(GroupConfig.of(asked), memory_limit=None, resident_layers=0)
+    transport, why = _transport(options, weights, memory, group.depth)
     if transport == "cuda":
         resident = asked.resident_layers if options.ranks > 1 else 0
         group = replace(group, devices=options.ranks, resident_layers=resident, lanes=LANES)
     else:
-        depth = asked.depth if "--asyncep-gather-depth" in options.given else PINNED_DEPTH
+        depth = asked.gather_depth or PINNED_DEPTH
         # The last layer stays in host memory whatever fits: with nothing there this would be the other transport.
         room = max(0, min(memory - depth * weights.layer, (weights.layers - 1) * weights.layer))
         if memory < weights.layer:
@@ -152,9 +152,9 @@ def _refuse(options: ServeOptions, gpus: Sequence[Gpu]) -> None:
         raise UsageError(f"--dtype {options.dtype}: on GPUs experts are served in bfloat16")
 
 
-def _transport(options: ServeOptions, weights: Weights, memory: int) -> tuple[Transport, str]:
+def _transport(options: ServeOptions, weights: Weights, memory: int, depth: int) -> tuple[Transport, str]:
     ranks = options.ranks
-    slots = options.group.depth * weights.layer if ranks > 1 else 0
+    slots = depth * weights.layer if ranks > 1 else 0
     # The first layers are whole in every rank; of the others a part each.
     whole = min(options.group.resident_layers, weights.layers) if ranks > 1 else weights.layers
     needed = whole * weights.layer + (weights.layers - whole) * weights.layer // ranks + slots

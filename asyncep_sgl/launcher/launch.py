@@ -239,7 +239,7 @@ def _group(options: ServeOptions, model_config: dict[str, Any], cuda: CudaPlan |
 
 
 def _host_group(options: ServeOptions) -> GroupConfig:
-    group = GroupConfig(**vars(options.group))
+    group = GroupConfig.of(options.group)
     if group.nodes == 1:
         # What memory holds is kept whole, whichever layers those are.
         return replace(group, resident_layers=0)

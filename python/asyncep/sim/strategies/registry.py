@@ -6,6 +6,7 @@ ASAP and AMoE keep no lanes (`disaggregated.py`): they are simulated on a backlo
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -49,7 +50,7 @@ class Site:
     t_ep: float
 
 
-class Strategy:
+class Strategy(ABC):
     """How a model is spread over groups of devices. What is written here serves a strategy with whole ranks."""
 
     name: str
@@ -73,6 +74,7 @@ class Strategy:
         if self.divides_experts and not model.experts and ranks > 1:
             raise DataError(f"{model.name}: a dense model has no experts for {self.name}")
 
+    @abstractmethod
     def shares(self, ranks: int, kv_split: float, depth: int) -> Shares:
         """What of the model each device of a group holds.
 
@@ -81,16 +83,15 @@ class Strategy:
             kv_split: share of a cached token's bytes where heads are divided.
             depth: gathered layers held.
         """
-        raise NotImplementedError
 
     def batch_tokens(self, tokens: int, ranks: int) -> int:
         """Of a batch of so many tokens, those whose activations one device holds."""
         del ranks
         return tokens
 
+    @abstractmethod
     def executors(self, site: Site) -> list[Executor]:
         """Fresh ones for the whole cluster, one for each clock."""
-        raise NotImplementedError
 
     def batches_under_way(self, group: int) -> int:
         """Batches that a rank's router should keep there: the one it computes, and the next."""
