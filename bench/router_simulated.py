@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from asyncep.sim.router import RankModel, simulate
+from asyncep.sim import Result, simulate
+from asyncep.sim.flat_rank import RankModel
+from asyncep.sim.redundancy import Redundancy
+from asyncep.sim.work import Model
 from asyncep.sim.workloads import few_shot_mix
 from asyncep_router.baselines import BaselinePolicy, RoundRobin
 from asyncep_router.block_view import BlockView
@@ -48,11 +51,18 @@ def frontend_gain(ranks: int, *, requests: int, seed: int) -> dict[str, Any]:
         front.rank_joined(rank, cache_tokens=rank_model.cache_tokens)
         front.set_threshold(rank, threshold)
     prompts = few_shot_mix(requests, seed=seed)
-    ours = simulate(prompts, front, ranks, rank_model, cost)
-    default = simulate(prompts, BaselinePolicy(RoundRobin, ranks=ranks), ranks, rank_model, cost)
+    model = Model("qwen3-235b-a22b", cost, "fp8")
+    ours = simulate(rank_model.fleet(model, ranks), prompts, front)
+    default = simulate(rank_model.fleet(model, ranks), prompts, BaselinePolicy(RoundRobin, ranks=ranks))
+    bounds = Redundancy(prompts, rank_model.page, cost)
+
+    def figures(result: Result) -> dict[str, Any]:
+        cached, lanes = [one.cached for one in result.placed], [one.lane for one in result.placed]
+        return {**result.figures(), **asdict(bounds.judge(cached, lanes, ranks))}
+
     return {
         "ranks": ranks,
-        "gain": ours.throughput / default.throughput - 1,
-        "policy": asdict(ours),
-        "default": asdict(default),
+        "gain": ours.requests_per_second / default.requests_per_second - 1,
+        "policy": figures(ours),
+        "default": figures(default),
     }

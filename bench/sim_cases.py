@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from asyncep.plan.planner import BATCHES
@@ -342,7 +342,7 @@ def slower_kernels(model: Model, cluster: Cluster, prompts: Sequence[TimedPrompt
 def _result(deployment: Deployment, result: Result) -> dict[str, Any]:
     memory = deployment.memory
     return {
-        **asdict(result),
+        **result.figures(),
         "tokens_per_second": result.tokens_per_second,
         "requests_per_second": result.requests_per_second,
         "batch_tokens_limit": deployment.limits.tokens,

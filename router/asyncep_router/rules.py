@@ -21,9 +21,9 @@ Work that fits no rank now waits here, not in a rank. Each `poll` serves, for on
     computed, as long as the rank that computes it has room for all such company: then one copy is enough;
 7.  all ranks being at T, those below `inflight_target` batches take requests whose prefix nobody holds.
 
-Two refinements, both measured in `asyncep.sim.router`. In 1 and 5 a prefix that is still being computed does not
-count as held (`await_prefix`): the prompts of one batch cannot use each other's prefixes, so a prefix's
-first request goes ahead, among those of other groups, and its company follows when that batch is reported.
+Two refinements, both measured by simulation (`bench/router_simulated.py`). In 1 and 5 a prefix that is still being
+computed does not count as held (`await_prefix`): the prompts of one batch cannot use each other's prefixes, so a
+prefix's first request goes ahead, among those of other groups, and its company follows when that batch is reported.
 A rank computes its batches one after another, so company sent earlier would begin no earlier; it would only
 share the batch of the first. What waiting can cost is the way of the report and back; a prefix that costs
 less to repeat (`await_share`) does not hold anybody up, nor does any while all there is makes less than one batch of

@@ -1,6 +1,6 @@
 """A simulator of prefill on Mixture-of-Experts models: devices, links, strategies, and the router's real policy.
 
-`docs/simulator.md` has the model, its formulas and their sources. Pure Python; no torch, no SGLang.
+`docs/internals/simulator.md` has the model, its formulas and their sources. Pure Python; no torch, no SGLang.
 """
 
 from __future__ import annotations

@@ -1,21 +1,22 @@
 """Runs requests through placement and executors to the end, event by event at the level of batches.
 
-Placement is the router's own: a `RoutingPolicy` (or one of `baselines`) decides, lanes only execute. Within a batch the
-executors compute in closed form or by exact recurrences.
+The router's own policy places requests: a `RoutingPolicy`, or one of `baselines`. Lanes only execute. Within a batch
+the executors compute in closed form or by exact recurrences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import simpy
 
 from asyncep.sim.deployment import Deployment
 from asyncep.sim.errors import SimulationError
-from asyncep.sim.lane import Cut, Lane, Waiting
+from asyncep.sim.lane import BatchLimits, Cut, Lane, Waiting
 from asyncep.sim.strategies import Executor
+from asyncep.sim.work import Model
 from asyncep.sim.workloads import TimedPrompt
 from asyncep_router.baselines import BaselinePolicy, RoundRobin
 from asyncep_router.block_chain import block_chain
@@ -26,11 +27,43 @@ from asyncep_router.policy import Policy
 from asyncep_router.routing_policy import RoutingPolicy
 
 
+class Placed(NamedTuple):
+    """Where a prompt was computed, and how many of its tokens that lane found in its cache."""
+
+    lane: int
+    cached: int
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What executes.
+
+    Attributes:
+        executors: fresh ones, one for each clock.
+        model: counts the FLOPs of a batch.
+        limits: of each lane.
+        peak: FLOP/s of all devices together, for the MFU.
+        devices: in use.
+    """
+
+    executors: Sequence[Executor]
+    model: Model
+    limits: BatchLimits
+    peak: float
+    devices: int
+
+    @classmethod
+    def of(cls, deployment: Deployment) -> Fleet:
+        """A deployment's devices."""
+        peak = deployment.devices * deployment.cluster.device.peak[deployment.model.dtype]
+        return cls(deployment.make(), deployment.model, deployment.limits, peak, deployment.devices)
+
+
 @dataclass(frozen=True)
 class Result:
     """What a run showed. `flops`: really computed, cached prefixes not. `stalled`: share of device-seconds spent
     waiting for weights. `imbalance`: largest over mean FLOPs of a lane. Latencies: seconds from arrival to the
-    batch's end.
+    batch's end. `placed`: for `redundancy.Redundancy.judge`.
     """
 
     requests: int
@@ -45,6 +78,11 @@ class Result:
     p50: float
     p99: float
     mfu: float
+    placed: tuple[Placed, ...] = field(repr=False)
+
+    def figures(self) -> dict[str, Any]:
+        """All but the list of placements, for a record."""
+        return {name: value for name, value in vars(self).items() if name != "placed"}
 
     @property
     def tokens_per_second(self) -> float:
@@ -64,7 +102,7 @@ class _Clock:
         self.run_ = run
         self.executor = executor
         self.first = first
-        self.lanes = [Lane(run.deployment.model, run.deployment.limits) for _ in range(executor.lanes)]
+        self.lanes = [Lane(run.fleet.model, run.fleet.limits) for _ in range(executor.lanes)]
         self.flops = [0.0] * executor.lanes
         self.stalled = 0.0
         self.batches = 0
@@ -98,20 +136,20 @@ class _Clock:
 
 
 class _Run:
-    def __init__(self, deployment: Deployment, prompts: Sequence[TimedPrompt], policy: Policy | None) -> None:
+    def __init__(self, fleet: Fleet, prompts: Sequence[TimedPrompt], policy: Policy | None) -> None:
         self.env = simpy.Environment()
-        self.deployment = deployment
+        self.fleet = fleet
         self.prompts = prompts
         self.clocks: list[_Clock] = []
         self.where: list[tuple[_Clock, int]] = []
-        for executor in deployment.make():
+        for executor in fleet.executors:
             clock = _Clock(self, executor, len(self.where))
             self.clocks.append(clock)
             self.where.extend((clock, lane) for lane in range(executor.lanes))
         self.policy: Policy = policy or BaselinePolicy(RoundRobin, ranks=len(self.where))
         self.latencies: list[float] = []
         self.arrival: dict[str, float] = {}
-        self.cached = 0
+        self.placed: dict[str, Placed] = {}
         self.last = 0.0
         self._alarm = float("inf")
 
@@ -123,12 +161,12 @@ class _Run:
             return
         for rid in cut.finished:
             self.latencies.append(now - self.arrival.pop(rid))
-            self.cached += cut.cached[rid]
+            self.placed[rid] = Placed(rank, cut.cached[rid])
         self.policy.report(BatchReport(rank, tuple(cut.finished), cut.work.flops, end - start, cut.cached), now)
         self.dispatch()
 
     def dispatch(self) -> None:
-        page = self.deployment.limits.page
+        page = self.fleet.limits.page
         for dispatch in self.policy.poll(self.env.now):
             clock, lane = self.where[dispatch.rank]
             tokens = dispatch.request.token_ids
@@ -169,21 +207,21 @@ class _Run:
         lanes = [flops for clock in self.clocks for flops in clock.flops]
         flops, batches = sum(lanes), sum(clock.batches for clock in self.clocks)
         tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
-        seconds = self.last * self.deployment.devices
-        device = self.deployment.cluster.device
+        placed = tuple(self.placed[f"r{position}"] for position in range(len(self.prompts)))
         return Result(
             requests=len(self.prompts),
             tokens=tokens,
             makespan=self.last,
             flops=flops,
-            cached_share=self.cached / tokens,
+            cached_share=sum(one.cached for one in placed) / tokens,
             batches=batches,
             mean_batch_tokens=sum(clock.tokens for clock in self.clocks) / batches,
-            stalled=sum(clock.stalled for clock in self.clocks) / seconds,
+            stalled=sum(clock.stalled for clock in self.clocks) / (self.last * self.fleet.devices),
             imbalance=max(lanes) * len(lanes) / flops,
             p50=ordered[len(ordered) // 2],
             p99=ordered[int(len(ordered) * 0.99)],
-            mfu=flops / (seconds * device.peak[self.deployment.model.dtype]),
+            mfu=flops / (self.last * self.fleet.peak),
+            placed=placed,
         )
 
 
@@ -208,15 +246,24 @@ def frontend(deployment: Deployment, lanes: int, **limits: Any) -> RoutingPolicy
     return policy
 
 
-def simulate(deployment: Deployment, prompts: Sequence[TimedPrompt], policy: Policy | None = None) -> Result:
-    """Run prompts (in order of arrival) to the end. `policy`: round robin over lanes by default. Raises
-    `SimulationError`."""
+def simulate(fleet: Fleet | Deployment, prompts: Sequence[TimedPrompt], policy: Policy | None = None) -> Result:
+    """Runs prompts (in order of arrival) to the end.
+
+    Args:
+        fleet: what executes.
+        prompts: at least one.
+        policy: of the fleet's lanes; round robin by default.
+
+    Raises:
+        SimulationError: no prompts, or some never finish.
+    """
     if not prompts:
         raise SimulationError("no requests to simulate")
-    return _Run(deployment, prompts, policy).run()
+    return _Run(Fleet.of(fleet) if isinstance(fleet, Deployment) else fleet, prompts, policy).run()
 
 
 def simulate_routed(deployment: Deployment, prompts: Sequence[TimedPrompt], **limits: Any) -> Result:
     """The same with the router's own policy placing requests."""
-    lanes = sum(executor.lanes for executor in deployment.make())
-    return simulate(deployment, prompts, frontend(deployment, lanes, **limits))
+    fleet = Fleet.of(deployment)
+    lanes = sum(executor.lanes for executor in fleet.executors)
+    return simulate(fleet, prompts, frontend(deployment, lanes, **limits))

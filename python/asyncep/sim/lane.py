@@ -15,7 +15,8 @@ class BatchLimits:
     """Where a batch is cut. `tokens`: at most so many. `flops`: enough once it has so many (inf: tokens decide).
 
     `chunk`: a prompt that exceeds `tokens` is computed in several batches; without it such a prompt has a batch to
-    itself. `cache_tokens`: size of the prefix cache, 0 for none (KV-free). `page`: its pages, tokens.
+    itself. `cache_tokens`: size of the prefix cache, 0 for none (KV-free). `page`: its pages, tokens. `holds_back`: a
+    request whose prefix the batch computes is left for the next one.
     """
 
     tokens: int
@@ -23,6 +24,7 @@ class BatchLimits:
     chunk: bool = True
     cache_tokens: int = 0
     page: int = 64
+    holds_back: bool = False
 
 
 @dataclass(slots=True)
@@ -67,8 +69,13 @@ class Lane:
         limits, model = self.limits, self.model
         cut = Cut(Batch())
         chains: list[Sequence[int]] = []
+        computing: set[int] = set()
+        held_back: list[Waiting] = []
         while self.queue and cut.work.flops < limits.flops:
             request = self.queue[0]
+            if limits.holds_back and self._waits_for(request, computing):
+                held_back.append(self.queue.popleft())
+                continue
             if not request.begun:
                 request.begun = True
                 request.found = request.done = self._held(request)
@@ -87,10 +94,20 @@ class Lane:
             cut.finished.append(request.rid)
             cut.cached[request.rid] = request.found
             chains.append(request.chain)
+            if limits.holds_back:
+                computing.update(request.chain)
+        self.queue.extendleft(reversed(held_back))
         if self.cache is not None:
             for chain in chains:
                 self.cache.insert_chain(0, tuple(chain))
         return cut
+
+    def _waits_for(self, request: Waiting, computing: set[int]) -> bool:
+        """Whether the first page that the request would compute is one that the batch computes already."""
+        if request.begun:
+            return False
+        at = self._held(request) // self.limits.page
+        return at < len(request.chain) and request.chain[at] in computing
 
     def _held(self, request: Waiting) -> int:
         if self.cache is None:

@@ -10,8 +10,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from asyncep.sim.router import lower_bound_flops
 from asyncep_router.block_chain import block_chain
+from asyncep_router.block_view import BlockView
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -81,3 +81,16 @@ class Redundancy:
             imbalance=max(by_rank.values()) * rank_count / total,
             flops_by_rank=dict(by_rank),
         )
+
+
+def lower_bound_flops(prompts: Sequence[TimedPrompt], page: int, cost: ModelCost) -> int:
+    """FLOPs if one endless cache served all prompts in order of arrival: nothing is computed twice."""
+    cache = BlockView(1 << 62, page)
+    total = 0
+    for prompt in prompts:
+        chain = block_chain(prompt.token_ids, page)
+        length = len(prompt.token_ids)
+        held = min(cache.match_chain(chain).longest, (length - 1) // page * page)
+        total += cost.flops(length - held, held)
+        cache.insert_chain(0, chain)
+    return total

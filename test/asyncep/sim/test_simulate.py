@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 from model_configs import QWEN3_235B
 
-from asyncep.sim.router import RankModel, Result, lower_bound_flops, shared_once, simulate
+from asyncep.sim import Result, simulate
+from asyncep.sim.flat_rank import RankModel
+from asyncep.sim.redundancy import Placement, Redundancy, lower_bound_flops
+from asyncep.sim.work import Model
 from asyncep.sim.workloads import TimedPrompt, conversations, few_shot_mix, long_inputs
 from asyncep_router.baselines import BaselinePolicy, CacheAware, PowerOfTwo, Random, RoundRobin, ShortestQueue
 from asyncep_router.block_view import BlockView
@@ -30,6 +33,7 @@ RATE = 0.33 * 1979e12  # achieved FLOP/s, at the paper's 30-36 % MFU
 T_LAYER = GATHER * RATE * 1.2  # gamma 1.2
 T = COST.threshold_flops(T_LAYER)
 RANK = RankModel(RATE, GATHER, batch_flops=T, cache_tokens=400_000)
+MODEL = Model("qwen3-235b-a22b", COST, "fp8")
 
 
 def ours(ranks: int, model: RankModel = RANK, **limits: float) -> RoutingPolicy:
@@ -40,16 +44,25 @@ def ours(ranks: int, model: RankModel = RANK, **limits: float) -> RoutingPolicy:
     return front
 
 
-def run(prompts: Sequence[TimedPrompt], policy: Policy, ranks: int) -> Result:
-    return simulate(prompts, policy, ranks, RANK, COST)
+def run(prompts: Sequence[TimedPrompt], policy: Policy, ranks: int, model: RankModel = RANK) -> Result:
+    return simulate(model.fleet(MODEL, ranks), prompts, policy)
+
+
+def judge(prompts: Sequence[TimedPrompt], result: Result, ranks: int) -> Placement:
+    """What the run cost, over computing everything shared once."""
+    cached, lanes = [one.cached for one in result.placed], [one.lane for one in result.placed]
+    return Redundancy(prompts, RANK.page, COST).judge(cached, lanes, ranks)
 
 
 def test_shared_prefixes_are_computed_about_once() -> None:
-    result = run(few_shot_mix(6000, seed=1), ours(2), 2)
-    assert result.prefix_ratio <= 1.10
-    assert result.flops_ratio <= 1.01
-    assert result.imbalance <= 1.02
-    assert result.exposed_share <= 0.02
+    prompts = few_shot_mix(6000, seed=1)
+    result = run(prompts, ours(2), 2)
+    cost = judge(prompts, result, 2)
+    assert cost.prefix_ratio <= 1.10
+    assert cost.flops_ratio <= 1.01
+    assert cost.imbalance <= 1.02
+    assert result.imbalance == pytest.approx(cost.imbalance)
+    assert result.stalled <= 0.02
 
 
 def test_eight_ranks_stay_near_the_bound_where_the_default_computes_every_prefix_on_each() -> None:
@@ -58,10 +71,10 @@ def test_eight_ranks_stay_near_the_bound_where_the_default_computes_every_prefix
     ours_, default = run(prompts, front, 8), run(prompts, BaselinePolicy(RoundRobin, ranks=8), 8)
     front.check_integrity()
     assert front.pending == 0
-    assert ours_.prefix_ratio <= 1.10
-    assert ours_.flops_ratio <= 1.01
-    assert default.prefix_ratio >= 7
-    assert ours_.throughput >= 1.25 * default.throughput
+    assert judge(prompts, ours_, 8).prefix_ratio <= 1.10
+    assert judge(prompts, ours_, 8).flops_ratio <= 1.01
+    assert judge(prompts, default, 8).prefix_ratio >= 7
+    assert ours_.requests_per_second >= 1.25 * default.requests_per_second
 
 
 @pytest.mark.parametrize("rate", [None, 20, 60, 300])
@@ -74,21 +87,22 @@ def test_no_rank_computes_a_prefix_twice(ranks: int, rate: float | None) -> None
         account = front.ledger.account(rank)
         assert account.found_cached == account.expected_cached
     copies = front.reasons[Reason.STEAL]
-    assert result.prefix_ratio <= 1 + copies / 57 * (2400 / 1500)
+    assert judge(prompts, result, ranks).prefix_ratio <= 1 + copies / 57 * (2400 / 1500)
 
 
 def test_arrivals_over_time_keep_prefixes_together_and_latency_low() -> None:
     prompts = few_shot_mix(3000, seed=3, rate=60)
     ours_, default = run(prompts, ours(2), 2), run(prompts, BaselinePolicy(ShortestQueue, ranks=2), 2)
-    assert ours_.prefix_ratio <= 1.10
+    assert judge(prompts, ours_, 2).prefix_ratio <= 1.10
     assert ours_.p99 <= default.p99
 
 
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_long_inputs_without_sharing_are_spread_within_5_percent(ranks: int) -> None:
-    result = run(long_inputs(150 * ranks // 2, seed=2), ours(ranks), ranks)
+    prompts = long_inputs(150 * ranks // 2, seed=2)
+    result = run(prompts, ours(ranks), ranks)
     assert result.imbalance <= 1.05
-    assert result.flops_ratio == pytest.approx(1.0)
+    assert judge(prompts, result, ranks).flops_ratio == pytest.approx(1.0)
 
 
 def test_light_load_makes_fuller_batches_than_spreading() -> None:
@@ -111,7 +125,7 @@ def test_gain_over_the_default_scheduler_beside_the_papers(capsys: pytest.Captur
     for ranks in (2, 8):
         result = run(prompts, ours(ranks), ranks)
         default = run(prompts, BaselinePolicy(RoundRobin, ranks=ranks), ranks)
-        rows[ranks] = result.throughput / default.throughput - 1
+        rows[ranks] = result.requests_per_second / default.requests_per_second - 1
     with capsys.disabled():
         gains = ", ".join(f"{gain:.1%} on {ranks} ranks" for ranks, gain in rows.items())
         print(f"\nfrontend over default scheduler, simulated few-shot mix: {gains}; the paper: 16-18 %")
@@ -124,7 +138,7 @@ def test_every_baseline_finishes_everything() -> None:
     for make in (RoundRobin, lambda: Random(0), lambda: PowerOfTwo(0), ShortestQueue, CacheAware):
         result = run(prompts, BaselinePolicy(make, ranks=3), 3)
         assert result.requests == 300
-        assert result.flops_ratio >= 1.0
+        assert judge(prompts, result, 3).flops_ratio >= 1.0
 
 
 def test_cache_aware_gives_up_affinity_when_out_of_balance() -> None:
@@ -144,13 +158,13 @@ def test_same_seed_same_run() -> None:
 
 def test_bounds_on_an_example_by_hand() -> None:
     prompts = few_shot_mix(40, seed=9, tasks=2, prefix_tokens=(640, 640), suffix_tokens=(50, 50))
-    assert shared_once(prompts, 32) == 2 * 640
+    assert Redundancy(prompts, 32, COST).prefix_bound == 2 * COST.flops(640, 0, 0)
     suffixes = sum(COST.flops(50, 640) for _ in prompts)
     assert lower_bound_flops(prompts, 32, COST) == suffixes + 2 * COST.flops(640, 0, 0)
 
 
 def test_a_batch_below_t_takes_as_long_as_the_gather() -> None:
-    small = simulate(few_shot_mix(1, seed=0), ours(1), 1, RANK, COST)
+    small = run(few_shot_mix(1, seed=0), ours(1), 1)
     assert small.makespan == pytest.approx(94 * GATHER)
 
 
@@ -158,8 +172,8 @@ def test_a_rank_that_holds_followers_back_computes_a_prefix_once() -> None:
     prompts = few_shot_mix(10, seed=0, tasks=1, prefix_tokens=(640, 640))  # one batch holds all ten
     burst = BaselinePolicy(RoundRobin, ranks=1)
     holding = RankModel(RATE, GATHER, T, 400_000, holds_back=True)
-    assert simulate(prompts, burst, 1, holding, COST).prefix_ratio == 1.0
-    assert simulate(prompts, BaselinePolicy(RoundRobin, ranks=1), 1, RANK, COST).prefix_ratio == pytest.approx(10)
+    assert judge(prompts, run(prompts, burst, 1, holding), 1).prefix_ratio == 1.0
+    assert judge(prompts, run(prompts, BaselinePolicy(RoundRobin, ranks=1), 1), 1).prefix_ratio == pytest.approx(10)
 
 
 def test_company_of_a_prefix_follows_one_batch_later() -> None:
