@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from asyncep_router.errors import RouterError
 from asyncep_router.process_title import hide_keys
 from asyncep_sgl.errors import AsyncEPError
 from asyncep_sgl.launcher.command_line import parse
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped as stop:
         logger.info("%s: stopped before anything was started", stop)
         return 0
-    except AsyncEPError as error:
+    except (AsyncEPError, RouterError) as error:
         print(f"asyncep serve: {error}", file=sys.stderr)
         return 2
 

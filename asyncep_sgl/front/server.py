@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import starlette.requests
@@ -22,6 +22,7 @@ from asyncep_sgl.experts.store.client import ask_once, say_hello
 from asyncep_sgl.experts.store.messages import Done, Failed, Serving, Status, StatusRequest
 from asyncep_sgl.front import sglang_flags
 from asyncep_sgl.front.access import Policy
+from asyncep_sgl.front.asgi import error_body
 from asyncep_sgl.front.batches.api import BatchApi, BatchLife
 from asyncep_sgl.front.batches.bounds import Bounds
 from asyncep_sgl.front.drain import Drain
@@ -34,6 +35,7 @@ from asyncep_sgl.router.state import router_state
 from asyncep_sgl.strategies import registry
 from asyncep_sgl.strategies.base import FrontPlace
 
+_Answer = TypeVar("_Answer")
 # Requests of batches under way for each rank. The router lets others pass them; without it an interactive request
 # waits behind those that are there.
 _BATCH_REQUESTS_ROUTED = 64
@@ -123,7 +125,7 @@ def _serve(arguments: list[str], config: AsyncEPConfig, door: Door) -> None:
 
     if config.router is not None:
         state_address = config.router.state_address
-        app.add_api_route("/router/state", lambda: router_state(state_address), methods=["GET"])
+        app.add_api_route("/router/state", lambda: _or_503(lambda: router_state(state_address)), methods=["GET"])
         rank_health = RankHealth(state_address, sglang_refuses)
         ask_who_is_there(rank_health.ranks_there)
         # Before SGLang's own of the same names.
@@ -162,7 +164,7 @@ def _serve(arguments: list[str], config: AsyncEPConfig, door: Door) -> None:
         ),
     )
     app.add_middleware(Drain, finish=drained)
-    app.add_api_route("/asyncep/status", status, methods=["GET"])
+    app.add_api_route("/asyncep/status", lambda: _or_503(status), methods=["GET"])
     url = f"http://{host}:{server_args.port}"
 
     def serving() -> None:
@@ -184,6 +186,14 @@ def _serve(arguments: list[str], config: AsyncEPConfig, door: Door) -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
+def _or_503(question: Callable[[], _Answer]) -> _Answer | Response:
+    """The answer of another process of this server, or a 503 that says that there is none."""
+    try:
+        return question()
+    except (TimeoutError, StoreError) as error:
+        return Response(error_body(503, str(error)), 503, media_type="application/json")
+
+
 def _metrics(
     request: starlette.requests.Request, config: AsyncEPConfig, of_strategy: Sequence[Any], server_args: Any
 ) -> Response:
@@ -196,8 +206,12 @@ def _metrics(
         collectors.append(RouterCollector(lambda: router_state(state_address)))
     collectors += of_strategy
     accept = request.headers.get("accept", "")
-    body, content_type = exposition(collectors, accept, sglang=server_args.enable_metrics)
-    return Response(body, headers={"content-type": content_type})
+
+    def text() -> Response:
+        body, content_type = exposition(collectors, accept, sglang=server_args.enable_metrics)
+        return Response(body, headers={"content-type": content_type})
+
+    return _or_503(text)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from asyncep.errors import CommandError
+
 # Name, module with `main(arguments) -> int`, one line of help.
 COMMANDS = (
     ("serve", "asyncep_sgl.launch_server", "serve an MoE model, its experts shared by all ranks"),
@@ -27,7 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     for name, module, _ in COMMANDS:
         if given and given[0] == name:
-            return int(importlib.import_module(module).main(given[1:]) or 0)
+            try:
+                return int(importlib.import_module(module).main(given[1:]) or 0)
+            except CommandError as error:
+                print(f"asyncep {name}: {error}", file=sys.stderr)
+                return 1
     wanted_help = bool(given) and given[0] in ("-h", "--help", "help")
     lines = ["usage: asyncep COMMAND [options]   (asyncep COMMAND --help for each)", ""]
     lines += [f"  {name:<12}{help_line}" for name, _, help_line in COMMANDS]

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import httpx
 
+from asyncep.errors import CommandError
 from asyncep_sgl.process.ports import free_port, is_free, is_listening
 
 logger = logging.getLogger("asyncep")
@@ -36,7 +37,7 @@ _END_SECONDS = 300.0
 OnWait = Callable[[float, str], None]
 
 
-class StartError(RuntimeError):
+class StartError(CommandError, RuntimeError):
     """The server did not come up; carries the end of what it printed."""
 
 

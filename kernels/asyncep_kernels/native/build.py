@@ -83,7 +83,10 @@ def _compile(isa: Isa, path: Path) -> None:
 
 def main() -> None:
     """Builds what this machine would use, and says what that is."""
-    chosen = choose()
+    try:
+        chosen = choose()
+    except ValueError as error:
+        sys.exit(f"kernels: {error}")
     if chosen is Isa.NONE:
         print("kernels: this CPU has no AVX512-BF16; torch's operators serve")
         return

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from asyncep.errors import CommandError
+
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -32,7 +34,7 @@ _LAYER_TENSORS = {
 }
 
 
-class DemoDataMissing(RuntimeError):
+class DemoDataMissing(CommandError, RuntimeError):
     """A package that carries the demo's weights or text is not installed."""
 
 

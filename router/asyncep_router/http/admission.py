@@ -9,7 +9,7 @@ from collections import OrderedDict
 from enum import Enum
 from typing import NamedTuple
 
-from asyncep_router.errors import ConfigError, IntegrityError
+from asyncep_router.errors import IntegrityError
 
 
 class Verdict(Enum):
@@ -34,14 +34,6 @@ class Admission:
     """
 
     def __init__(self, limit: int | None, queue: int, patience: float, rate: float | None = None) -> None:
-        if limit is not None and limit < 1:
-            raise ConfigError(f"max_concurrent_requests={limit!r}: must be at least 1, or -1 for no limit")
-        if queue < 0:
-            raise ConfigError(f"queue_size={queue!r}: must be at least 0")
-        if patience < 0:
-            raise ConfigError(f"queue_timeout_secs={patience!r}: must be at least 0")
-        if rate is not None and rate <= 0:
-            raise ConfigError(f"rate_limit_tokens_per_second={rate!r}: must be above 0")
         self._limit = limit
         self._queue_size = queue
         self._patience = patience

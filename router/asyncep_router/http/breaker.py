@@ -6,8 +6,6 @@ from collections import deque
 from dataclasses import dataclass
 from enum import StrEnum
 
-from asyncep_router.errors import ConfigError
-
 
 class BreakerState(StrEnum):
     """`half_open`: one request at a time is let through to see whether the worker recovered."""
@@ -26,11 +24,6 @@ class BreakerSettings:
     timeout: float = 60
     window: float = 120
     enabled: bool = True
-
-    def __post_init__(self) -> None:
-        for name, least in (("failures", 1), ("successes", 1), ("timeout", 0), ("window", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"circuit breaker {name}={getattr(self, name)!r}: must be at least {least}")
 
 
 class Breaker:

@@ -6,7 +6,9 @@ The command line is made from this dataclass (`flags.py`). Defaults are `sglang_
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from asyncep_router.config import Limits
@@ -16,6 +18,7 @@ from asyncep_router.http.retry import RetryPolicy
 from asyncep_router.http.worker_urls import normalize, worker_key
 from asyncep_router.keys import Keys
 
+_LAST_PORT = 65535
 POLICIES = ("asyncep", "cache_aware", "round_robin", "random", "power_of_two")
 
 
@@ -25,8 +28,21 @@ WORKER_ADMIN_KEY_VARIABLE = "ASYNCEP_ROUTER_WORKER_ADMIN_API_KEY"
 WORKER_KEY_VARIABLE = "ASYNCEP_ROUTER_WORKER_API_KEY"
 
 
-def _flag(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": text, "choices": choices})
+_LARGEST = (1 << 63) - 1
+# Beyond, an event loop's clock overflows; some flags are given a very large number for "never".
+_LONGEST_SECONDS = 10**10
+
+
+def _flag(
+    default: Any,
+    text: str,
+    choices: tuple[str, ...] | None = None,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """``least``, ``most``: bounds of a number; other values are refused by the flag's name."""
+    return field(default=default, metadata={"help": text, "choices": choices, "least": least, "most": most})
 
 
 def _key(variable: str, text: str) -> Any:
@@ -35,52 +51,98 @@ def _key(variable: str, text: str) -> Any:
     return field(default=None, repr=False, metadata={"help": text, "choices": None, "variable": variable})
 
 
+def _flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _check_number(flag: str, value: Any, bounds: Mapping[str, Any]) -> None:
+    if not isinstance(value, int | float):
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{flag} {value}: must be a finite number")
+    least, most = bounds.get("least"), min(bounds.get("most") or _LARGEST, _LARGEST)
+    if least is not None and value < least:
+        raise ConfigError(f"{flag} {value}: must be at least {least}")
+    if value > most:
+        raise ConfigError(f"{flag} {value}: must be at most {most}")
+
+
+def _check_urls(flag: str, urls: tuple[str, ...]) -> None:
+    seen: set[str] = set()
+    for url in urls:
+        try:
+            normal = normalize(url)
+        except ConfigError as error:
+            raise ConfigError(f"{flag}: {error}") from None
+        if normal in seen:
+            raise ConfigError(f"{flag}: {normal} stands there twice")
+        seen.add(normal)
+
+
 @dataclass(frozen=True)
 class RouterOptions:
     """Every setting. Raises `ConfigError` for values they cannot have."""
 
     worker_urls: tuple[str, ...] = _flag((), "URLs of the SGLang servers; more can be added while serving")
     host: str = _flag("0.0.0.0", "address to listen on")
-    port: int = _flag(30000, "port to listen on")
+    port: int = _flag(30000, "port to listen on", least=0, most=_LAST_PORT)
     policy: str = _flag("asyncep", "how ranks are chosen (sglang_router's default is cache_aware)", POLICIES)
-    cache_threshold: float = _flag(0.3, "cache_aware: share of a prompt that must be held to follow it")
-    balance_abs_threshold: int = _flag(64, "cache_aware: requests of imbalance that are tolerated")
-    balance_rel_threshold: float = _flag(1.5, "cache_aware: ratio of imbalance that is tolerated")
-    max_tree_size: int = _flag(67108864, "tokens of the view of the ranks' caches, all ranks together")
-    max_payload_size: int = _flag(67108864, "bytes of a request body at most (sglang_router: 536870912)")
+    cache_threshold: float = _flag(
+        0.3, "cache_aware: share of a prompt that must be held to follow it", least=0, most=1
+    )
+    balance_abs_threshold: int = _flag(64, "cache_aware: requests of imbalance that are tolerated", least=0)
+    balance_rel_threshold: float = _flag(1.5, "cache_aware: ratio of imbalance that is tolerated", least=0)
+    max_tree_size: int = _flag(67108864, "tokens of the view of the ranks' caches, all ranks together", least=1)
+    max_payload_size: int = _flag(67108864, "bytes of a request body at most (sglang_router: 536870912)", least=1)
     api_key: str | None = _key(
         KEY_VARIABLE, "key that clients must present; also sent to the workers of --worker-urls (--worker-api-key)"
     )
-    worker_startup_timeout_secs: int = _flag(1800, "seconds until a worker that never answered is reported as failed")
-    worker_startup_check_interval: int = _flag(30, "seconds between looks at a worker that does not answer, at most")
+    worker_startup_timeout_secs: int = _flag(
+        1800, "seconds until a worker that never answered is reported as failed", least=0, most=_LONGEST_SECONDS
+    )
+    worker_startup_check_interval: int = _flag(
+        30, "seconds between looks at a worker that does not answer, at most", least=1, most=_LONGEST_SECONDS
+    )
     log_level: str = _flag("info", "log level", ("debug", "info", "warn", "error"))
-    prometheus_port: int = _flag(29000, "port of /metrics; 0: no metrics server")
+    prometheus_port: int = _flag(29000, "port of /metrics; 0: no metrics server", least=0, most=_LAST_PORT)
     prometheus_host: str | None = _flag(None, "address of /metrics; default that of --host")
     prometheus_duration_buckets: tuple[float, ...] = _flag((), "bounds of the duration histograms, seconds")
     request_id_headers: tuple[str, ...] = _flag((), "headers to take a request's id from, first match wins")
-    request_timeout_secs: int = _flag(1800, "seconds a worker may take for an answer")
-    shutdown_grace_period_secs: int = _flag(180, "seconds to finish requests after SIGTERM")
+    request_timeout_secs: int = _flag(1800, "seconds a worker may take for an answer", least=1, most=_LONGEST_SECONDS)
+    shutdown_grace_period_secs: int = _flag(
+        180, "seconds to finish requests after SIGTERM", least=0, most=_LONGEST_SECONDS
+    )
     cors_allowed_origins: tuple[str, ...] = _flag((), "origins allowed to call from a browser")
-    max_concurrent_requests: int = _flag(-1, "requests worked on at once; -1: no limit")
-    queue_size: int = _flag(100, "requests that wait beyond that; more are answered 429")
-    queue_timeout_secs: int = _flag(60, "seconds a request waits before it is answered 408")
-    rate_limit_tokens_per_second: int | None = _flag(None, "requests a second; default no limit")
-    retry_max_retries: int = _flag(5, "attempts after the first")
-    retry_initial_backoff_ms: int = _flag(50, "wait before the second attempt, milliseconds")
-    retry_max_backoff_ms: int = _flag(30000, "longest wait between attempts, milliseconds")
-    retry_backoff_multiplier: float = _flag(1.5, "growth of the wait from attempt to attempt")
-    retry_jitter_factor: float = _flag(0.2, "share of the wait that is left to chance")
+    max_concurrent_requests: int = _flag(-1, "requests worked on at once; -1: no limit", least=-1)
+    queue_size: int = _flag(100, "requests that wait beyond that; more are answered 429", least=0)
+    queue_timeout_secs: int = _flag(
+        60, "seconds a request waits before it is answered 408", least=0, most=_LONGEST_SECONDS
+    )
+    rate_limit_tokens_per_second: int | None = _flag(None, "requests a second; default no limit", least=1)
+    retry_max_retries: int = _flag(5, "attempts after the first", least=0)
+    retry_initial_backoff_ms: int = _flag(
+        50, "wait before the second attempt, milliseconds", least=0, most=_LONGEST_SECONDS
+    )
+    retry_max_backoff_ms: int = _flag(
+        30000, "longest wait between attempts, milliseconds", least=0, most=_LONGEST_SECONDS
+    )
+    retry_backoff_multiplier: float = _flag(1.5, "growth of the wait from attempt to attempt", least=1)
+    retry_jitter_factor: float = _flag(0.2, "share of the wait that is left to chance", least=0, most=1)
     disable_retries: bool = _flag(False, "one attempt only")
-    health_failure_threshold: int = _flag(3, "failed checks in a row after which a worker counts as unhealthy")
-    health_success_threshold: int = _flag(2, "successful checks in a row after which it counts as healthy again")
-    health_check_timeout_secs: int = _flag(5, "seconds a check may take")
-    health_check_interval_secs: int = _flag(60, "seconds between checks")
+    health_failure_threshold: int = _flag(3, "failed checks in a row after which a worker counts as unhealthy", least=1)
+    health_success_threshold: int = _flag(
+        2, "successful checks in a row after which it counts as healthy again", least=1
+    )
+    health_check_timeout_secs: int = _flag(5, "seconds a check may take", least=1, most=_LONGEST_SECONDS)
+    health_check_interval_secs: int = _flag(60, "seconds between checks", least=1, most=_LONGEST_SECONDS)
     health_check_endpoint: str = _flag("/health", "what is asked")
     disable_health_check: bool = _flag(False, "do not check workers that answered once")
-    cb_failure_threshold: int = _flag(10, "failures in a row that open a worker's circuit")
-    cb_success_threshold: int = _flag(3, "successes that close it again")
-    cb_timeout_duration_secs: int = _flag(60, "seconds it stays open")
-    cb_window_duration_secs: int = _flag(120, "seconds after which a failure is forgotten")
+    cb_failure_threshold: int = _flag(10, "failures in a row that open a worker's circuit", least=1)
+    cb_success_threshold: int = _flag(3, "successes that close it again", least=1)
+    cb_timeout_duration_secs: int = _flag(60, "seconds it stays open", least=0, most=_LONGEST_SECONDS)
+    cb_window_duration_secs: int = _flag(
+        120, "seconds after which a failure is forgotten", least=0, most=_LONGEST_SECONDS
+    )
     disable_circuit_breaker: bool = _flag(False, "never open a circuit")
     model_path: str | None = _flag(None, "where the model's config.json is; default: what the workers say")
     tokenizer_path: str | None = _flag(None, "where its tokenizer is; default: what the workers say")
@@ -100,16 +162,26 @@ class RouterOptions:
     trusted_worker_urls: tuple[str, ...] = _flag(
         (), "URLs that get the workers' key also when they are added by POST /workers without an api_key"
     )
-    max_prompts: int = _flag(16384, "prompts of one request at most (400 beyond)")
-    max_held_bytes: int = _flag(1 << 30, "bytes of the bodies of all requests in progress together (503 beyond)")
-    max_connections: int = _flag(16384, "open connections of clients; further ones are answered 503 and closed")
-    header_timeout_secs: float = _flag(10.0, "seconds a client has to send a request's headers (408 beyond)")
+    max_prompts: int = _flag(16384, "prompts of one request at most (400 beyond)", least=1)
+    max_held_bytes: int = _flag(
+        1 << 30, "bytes of the bodies of all requests in progress together (503 beyond)", least=1
+    )
+    max_connections: int = _flag(
+        16384, "open connections of clients; further ones are answered 503 and closed", least=1
+    )
+    header_timeout_secs: float = _flag(
+        10.0, "seconds a client has to send a request's headers (408 beyond)", least=0.1, most=_LONGEST_SECONDS
+    )
     body_timeout_secs: float = _flag(
         30.0,
         "seconds a client has to send a body, and one more for each 16 KiB that came (408 beyond); also the "
         "longest pause in taking an answer",
+        least=0.1,
+        most=_LONGEST_SECONDS,
     )
-    keep_alive_timeout_secs: float = _flag(75.0, "seconds after which an unused connection is closed")
+    keep_alive_timeout_secs: float = _flag(
+        75.0, "seconds after which an unused connection is closed", least=0.1, most=_LONGEST_SECONDS
+    )
     tokenizer: str = _flag(
         "auto",
         "who tokenizes text: this process, a worker's /tokenize, or nobody (prefixes are then compared as text); "
@@ -117,41 +189,32 @@ class RouterOptions:
         ("auto", "local", "worker", "none"),
     )
     prefix_view: str = _flag("blocks", "view of the ranks' caches: blocks, or SGLang's radix tree", ("blocks", "radix"))
-    prefix_block_tokens: int = _flag(64, "blocks: tokens by which prompts are compared")
-    threshold_tokens: int = _flag(0, "tokens that saturate a rank; 0: its chunked prefill size, else 8192")
-    inflight_target: float = _flag(2.0, "a rank gets work while it has less than this many times that")
-    max_wait_ms: float = _flag(0.0, "milliseconds a request is held for company while every rank is below T")
-    starve_after_secs: float = _flag(10.0, "seconds from which a waiting request goes first")
-    affinity: float = _flag(0.5, "share of a prompt that must be held for it to wait for that rank")
+    prefix_block_tokens: int = _flag(64, "blocks: tokens by which prompts are compared", least=1)
+    threshold_tokens: int = _flag(0, "tokens that saturate a rank; 0: its chunked prefill size, else 8192", least=0)
+    inflight_target: float = _flag(2.0, "a rank gets work while it has less than this many times that", least=1)
+    max_wait_ms: float = _flag(
+        0.0, "milliseconds a request is held for company while every rank is below T", least=0, most=_LONGEST_SECONDS
+    )
+    starve_after_secs: float = _flag(
+        10.0, "seconds from which a waiting request goes first", least=0, most=_LONGEST_SECONDS
+    )
+    affinity: float = _flag(0.5, "share of a prompt that must be held for it to wait for that rank", least=0, most=1)
     without_rules: tuple[str, ...] = _flag((), "rules of the policy to leave out, of F1 F2 F3; for ablations")
     log_decisions: bool = _flag(False, "one JSON line on stdout for every request sent")
 
     def __post_init__(self) -> None:
-        for name in ("queue_size", "queue_timeout_secs", "shutdown_grace_period_secs", "port", "prometheus_port"):
-            self._at_least(name, 0)
-        for name in (
-            "max_tree_size",
-            "max_payload_size",
-            "request_timeout_secs",
-            "health_failure_threshold",
-            "health_success_threshold",
-            "health_check_timeout_secs",
-            "health_check_interval_secs",
-            "worker_startup_check_interval",
-            "prefix_block_tokens",
-            "max_prompts",
-            "max_held_bytes",
-            "max_connections",
-        ):
-            self._at_least(name, 1)
-        for name in ("header_timeout_secs", "body_timeout_secs", "keep_alive_timeout_secs"):
-            self._at_least(name, 0.1)
+        for each in fields(self):
+            _check_number(_flag_of(each.name), getattr(self, each.name), each.metadata)
+        if self.max_concurrent_requests == 0:
+            raise ConfigError("--max-concurrent-requests 0: must be at least 1, or -1 for no limit")
         if self.policy not in POLICIES:
             raise ConfigError(f"--policy {self.policy}: known are {', '.join(POLICIES)}")
         if bool(self.tls_cert_path) != bool(self.tls_key_path):
             raise ConfigError("--tls-cert-path and --tls-key-path: give both or neither")
+        for name in ("worker_urls", "trusted_worker_urls"):
+            _check_urls(_flag_of(name), getattr(self, name))
         # Built for their checks.
-        _ = (self.retry_policy, self.breaker_settings, self.limits, self.keys, self.trusted_urls)
+        _ = (self.retry_policy, self.breaker_settings, self.limits, self.keys)
         for flag, key in (
             ("--worker-api-key", self.key_for_workers),
             ("--worker-admin-api-key", self.worker_admin_api_key),
@@ -180,10 +243,6 @@ class RouterOptions:
     def metrics_host(self) -> str:
         """Where /metrics listens."""
         return self.host if self.prometheus_host is None else self.prometheus_host
-
-    def _at_least(self, name: str, least: float) -> None:
-        if getattr(self, name) < least:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
 
     @property
     def retry_policy(self) -> RetryPolicy:

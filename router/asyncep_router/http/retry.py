@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from asyncep_router.errors import ConfigError
-
 
 @dataclass(frozen=True)
 class RetryPolicy:
@@ -16,13 +14,6 @@ class RetryPolicy:
     longest: float = 30.0
     multiplier: float = 1.5
     jitter: float = 0.2
-
-    def __post_init__(self) -> None:
-        for name, least in (("retries", 0), ("initial", 0), ("longest", 0), ("multiplier", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"retry {name}={getattr(self, name)!r}: must be at least {least}")
-        if not 0 <= self.jitter <= 1:
-            raise ConfigError(f"retry jitter={self.jitter!r}: must lie in 0..1")
 
     def delay(self, attempt: int, draw: float) -> float | None:
         """Seconds to wait after the `attempt`-th failure (from 0), or None: no attempt is left.

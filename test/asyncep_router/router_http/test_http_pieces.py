@@ -95,8 +95,8 @@ def test_backoff_grows_within_its_jitter(attempt: int, draw: float) -> None:
 def test_backoff_ends_and_is_bounded() -> None:
     assert RetryPolicy().delay(5, 0.5) is None
     assert RetryPolicy(retries=10_000, multiplier=3).delay(9_999, 1.0) == 30.0
-    with pytest.raises(ConfigError, match="jitter"):
-        RetryPolicy(jitter=2)
+    with pytest.raises(ConfigError, match="--retry-jitter-factor 2: must be at most 1"):
+        RouterOptions(retry_jitter_factor=2)
 
 
 # Admission
