@@ -10,9 +10,25 @@ import pytest
 import tiny_models
 from server import Server, start_asyncep, start_stock
 
+# Tests of these files leave marks on the whole machine that others of them look for: stock SGLang leaves names in
+# /dev/shm. They run one after the other where the rest runs in two processes.
+ONE_AFTER_THE_OTHER = frozenset(
+    {"test_one_server.py", "test_http_stock.py", "test_processes.py", "test_faults.py", "test_store.py"}
+)
+
 # How long an example takes depends on what else the machine does.
 hypothesis.settings.register_profile("steady", deadline=None)
 hypothesis.settings.load_profile("steady")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files stay whole when two processes share the tests, and those that start servers come first: they are long."""
+    with_servers = {item.path for item in items if item.get_closest_marker("server")}
+    items.sort(key=lambda item: item.path not in with_servers)
+    for item in items:
+        name = "one after the other" if item.path.name in ONE_AFTER_THE_OTHER else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import shared_memory
 from server import Server
 
 from asyncep_sgl.process.ports import free_port
@@ -63,7 +64,7 @@ def wait_for_the_end(processes: list[psutil.Process], seconds: float = 15) -> No
 
 @pytest.mark.parametrize("how", ["kill a rank", "kill the launcher", "SIGINT", "SIGTERM"])
 def test_the_end_under_load(how: str, serve: Callable[..., Server], tiny_model: Callable[[str], Path]) -> None:
-    in_shm = set(os.listdir("/dev/shm"))
+    in_shm = shared_memory.names()
     # With SGLang's own dispatch nobody restarts a rank: its end has to be the server's, at once.
     server = serve(tiny_model("qwen3_moe"), *(["--load-balance-method", "round_robin"] if "rank" in how else []))
     processes = server.processes()
@@ -89,7 +90,7 @@ def test_the_end_under_load(how: str, serve: Callable[..., Server], tiny_model: 
     elif how == "kill a rank":
         assert status == 1
         assert "asyncep: rank 1 (process" in server.log.read_text()
-    assert set(os.listdir("/dev/shm")) <= in_shm
+    assert not shared_memory.new_names(in_shm)
 
 
 def test_an_ordered_stop_answers_what_is_in_flight(

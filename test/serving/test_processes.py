@@ -19,6 +19,7 @@ import httpx
 import psutil
 import pytest
 import server as servers
+import shared_memory
 from server import Server
 
 from asyncep_sgl.process.ports import free_port
@@ -139,7 +140,7 @@ def test_a_process_that_is_stopped_costs_time_only(role: str, server: Server) ->
 def test_the_end_of_a_process_is_the_servers_at_once(
     role: str, serve: Callable[..., Server], tiny_model: Callable[[str], Path]
 ) -> None:
-    in_shm = set(os.listdir("/dev/shm"))
+    in_shm = shared_memory.names()
     server = serve(tiny_model("qwen3_moe"), ranks=1)
     everything = server.processes()
     folder = Path(min(unix_sockets(server))).parent
@@ -168,7 +169,7 @@ def test_the_end_of_a_process_is_the_servers_at_once(
     _, alive = psutil.wait_procs(everything, timeout=_ENDS_WITHIN)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
     assert not folder.exists()
-    assert set(os.listdir("/dev/shm")) <= in_shm
+    assert not shared_memory.new_names(in_shm)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,7 @@ def test_the_end_of_a_process_is_the_servers_at_once(
 def test_a_start_can_be_ended_at_any_moment(
     signals: tuple[signal.Signals, ...], moment: str, tmp_path: Path, tiny_model: Callable[[str], Path]
 ) -> None:
-    in_shm = set(os.listdir("/dev/shm"))
+    in_shm = shared_memory.names()
     port = free_port()
     command = [sys.executable, "-m", "asyncep", "serve", "--model-path", str(tiny_model("qwen3_moe"))]
     command += ["--port", str(port), "--dp-size", "2"]
@@ -202,7 +203,7 @@ def test_a_start_can_be_ended_at_any_moment(
         _, alive = psutil.wait_procs(everything, timeout=30)
         assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
         _wait(lambda: not folder.exists(), "the folder stays")
-        assert set(os.listdir("/dev/shm")) <= in_shm
+        assert not shared_memory.new_names(in_shm)
     finally:
         server.process.kill()
 

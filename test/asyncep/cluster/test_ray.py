@@ -30,9 +30,10 @@ def cluster() -> Iterator[Any]:
     found.shutdown()
 
 
-def servers() -> list[psutil.Process]:
+def servers(model: Path) -> list[psutil.Process]:
     """Launchers that this test's nodes have started."""
-    return [p for p in psutil.process_iter(["cmdline"]) if "asyncep.leashed" in (p.info["cmdline"] or ())]
+    commands = [(process, process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    return [process for process, command in commands if "asyncep.leashed" in command and str(model) in command]
 
 
 def test_a_node_that_is_killed_costs_no_row(cluster: Any, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
@@ -40,16 +41,16 @@ def test_a_node_that_is_killed_costs_no_row(cluster: Any, tiny_model: Callable[[
     rows = [{"text": f"this is row {i % (ROWS - 50)} of a job on two hosts", "label": "b"} for i in range(ROWS)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out.jsonl"
-    others = {process.pid for process in servers()}
+    model = tiny_model("qwen3_moe")
     command = [sys.executable, "-m", "asyncep", "classify", str(tmp_path / "in.jsonl"), str(out), "--labels", "b,c"]
-    command += ["--model-path", str(tiny_model("qwen3_moe")), "--ray-address", cluster.address]
+    command += ["--model-path", str(model), "--ray-address", cluster.address]
     command += ["--part-rows", "400", "--gold-field", "label"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         folder = tmp_path / "out.jsonl.job"
         # Looking into another process' folder: there is nothing to wait on.
         while process.poll() is None and len(list(folder.glob("part-*[0-9]"))) < 2:
             time.sleep(0.05)
-        started = [p for p in servers() if p.pid not in others]
+        started = servers(model)
         assert len(started) == 2
         cluster.remove_node(nodes[1], allow_graceful=False)
         printed, errors = process.communicate(timeout=400)
