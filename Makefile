@@ -4,6 +4,7 @@ PY := .venv/bin/python
 PEER ?= build/peer-router
 VLLM ?= build/peer-vllm
 SCHEMATHESIS ?= build/peer-schemathesis
+JOBS ?= 2
 .DEFAULT_GOAL := help
 .PHONY: $(shell sed -nE 's/^([a-z-]+):.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
@@ -20,8 +21,8 @@ serve: setup ## serve the demo model on http://127.0.0.1:30000 (ARGS="--port 800
 	@$(PY) -m asyncep demo-model
 	@exec $(PY) -m asyncep serve --model-path "$$($(PY) -m asyncep demo-model --print-path)" --dp-size 2 $(ARGS)
 
-test: setup ## every test (ARGS="-k store" for some)
-	@$(PY) -m pytest $(ARGS)
+test: setup ## every test, in two processes (ARGS="-k store" for some, JOBS=0 for one process)
+	@$(PY) -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 chaos: setup ## processes killed and stopped, links cut, disks full, under 100 clients, some 15 minutes (root: all of it; ARGS="--cases disk")
 	@$(PY) bench/chaos.py $(QUICK) $(ARGS)
@@ -50,7 +51,7 @@ bench-router: setup ## routers in front of the same two ranks, and what deciding
 	@scripts/peer_router.sh $(PEER) || true
 	@$(PY) bench/router.py --all --peer $(PEER) $(QUICK) $(ARGS)
 
-bench-router-http: setup ## the HTTP router with null workers (ARGS="--peer PYTHON" adds sglang_router, see docs/router.md)
+bench-router-http: setup ## the HTTP router with null workers (ARGS="--peer PYTHON" adds sglang_router, see docs/results/router.md)
 	@$(PY) bench/router_http.py $(QUICK) $(ARGS)
 
 bench-router-inside: setup ## requests/s through the router inside the engine, with null ranks
@@ -102,6 +103,16 @@ gpu-bench: setup ## on GPUs: kernels against the roofline, AsyncEP against stock
 
 gpu-tune: setup ## on a GPU: time the roofline's best tiles and keep the fastest
 	@$(PY) bench/gpu_tune.py --measure --write $(ARGS)
+
+docs: setup ## the site of the docs in build/site, every link checked (python -m mkdocs serve shows it while you write)
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "docs: build/site/index.html"
+
+results: setup ## take the claims of bench/out/*.json into docs/results
+	@$(PY) bench/claims.py
+
+pictures: setup ## draw docs/pictures/*.svg from their text anew
+	@$(PY) scripts/draw_pictures.py
 
 lock: setup ## write requirements.lock anew from what .venv holds
 	@{ sed -n '/^#/p' requirements.lock; $(PY) -m pip freeze --exclude-editable; } > requirements.lock.new

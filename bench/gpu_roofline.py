@@ -2,7 +2,7 @@
 
     python bench/gpu_roofline.py [--tokens 16384] [--sequence 1024] [--docs [--compiled FILE]]
 
-`--docs` writes the tables into docs/gpu.md between the marks of this name.
+`--docs` writes the tables into docs/results/gpu.md between the marks of this name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from asyncep_router.cost import ModelCost, read_shape
 from asyncep_router.cost.devices import A100, DEVICES, H100, H200, Device, Number
 from asyncep_router.cost.kernels import KernelCost, attention_kernel, gather_seconds, moe_kernels
 
-DOCS = Path(__file__).parents[1] / "docs/gpu.md"
+DOCS = Path(__file__).parents[1] / "docs/results/gpu.md"
 RANKS = 8
 # Columns of the tables: where experts of the format are multiplied as such, or, on an A100, widened from e4m3.
 SETTINGS: tuple[tuple[Device, Number], ...] = (
@@ -136,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tokens", type=int, default=16384, help="of the batch")
     parser.add_argument("--sequence", type=int, default=1024, help="tokens of a request")
-    parser.add_argument("--docs", action="store_true", help="write into docs/gpu.md instead of printing")
+    parser.add_argument("--docs", action="store_true", help="write into docs/results/gpu.md instead of printing")
     parser.add_argument("--compiled", type=Path, help="put this table, of `asyncep_kernels.aot --markdown`, there too")
     options = parser.parse_args()
     if options.compiled:

@@ -8,7 +8,7 @@ NVLink's are to an H100's. Every layout serves the paper's mix, its four lengths
 text; they take turns, each round starts every server anew. Then AsyncEP with one thing changed at a time; and the
 simulator, fitted to replicated ranks alone, is held against everybody's steps. Writes `bench/out/paper.json`,
 `bench/out/paper-calibration.json` (for `bench/sim.py --calibration`) and `bench/out/paper.png`, under an hour.
-Needs root (network namespaces). `docs/results.md` says how to read it.
+Needs root (network namespaces). `docs/results/paper.md` says how to read it.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class RunSettings:
         "NAME",
         "how experts and tokens come together: replicated (this host's memory has all experts), asyncep (each host or "
         "GPU keeps a part and gathers the rest ahead of the computation), or MODULE:CLASS of your own "
-        "(docs/strategies.md)",
+        "(docs/internals/strategies.md)",
         shown="asyncep where the experts are divided (several hosts or GPUs, or too little memory), else replicated",
     )
     threshold_tokens: int = setting(
@@ -88,7 +88,7 @@ class RunSettings:
         (),
         "NAMES",
         f"optimisations to switch off in order to measure them: {', '.join(get_args(Saving))}, with commas between, or "
-        "all (docs/cpu.md). Results do not change",
+        "all (docs/internals/cpu_kernels.md). Results do not change",
         kind=parse_savings,
     )
     grace_seconds: float = setting(

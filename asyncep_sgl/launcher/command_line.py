@@ -85,7 +85,7 @@ def parse(arguments: Sequence[str]) -> ServeOptions:
     parser.add_argument("--device", default=None, help="cpu or cuda (default: what is found)")
     for title, description, settings in _GROUPS[:-1]:
         add_flags(parser.add_argument_group(title, description), settings)
-    access = parser.add_argument_group("keys", "KEY may be @FILE, whose first line is the key; docs/security.md")
+    access = parser.add_argument_group("keys", "KEY may be @FILE, whose first line is the key; docs/use/security.md")
     access.add_argument(
         "--api-key",
         metavar="KEY",

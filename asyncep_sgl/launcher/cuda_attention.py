@@ -1,4 +1,4 @@
-"""Which of SGLang's attention backends serves on CUDA, and the flags that go with it. Pure; reasons in docs/gpu.md."""
+"""Which of SGLang's attention backends serves on CUDA, and its flags. Pure; see docs/internals/gpu_kernels.md."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ LEAST_CAPABILITY = (8, 0)
 WEIGHTS_SHARE = 0.8
 # Two copy engines can be busy at once; the link is full with that.
 LANES = 2
-# Of a batch: four times what hides a gather from peers on H100s (docs/gpu.md).
+# Of a batch: four times what hides a gather from peers on H100s (docs/internals/gpu_kernels.md).
 MOST_TOKENS = 65536
 # Host links are slow: layers are fetched further ahead than from peers.
 PINNED_DEPTH = 4

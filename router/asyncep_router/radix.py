@@ -1,6 +1,6 @@
 """The prefix view on SGLang's radix tree: one tree for all ranks, every node with its set of ranks.
 
-Why one tree (figures of `bench/router_decide.py`, see `docs/router.md`): with a tree per rank a decision
+Why one tree (figures of `bench/router_decide.py`, see `docs/internals/router.md`): with a tree per rank a decision
 costs one walk per rank, 64 for 64 ranks, and a prefix that r ranks hold is stored r times. In one tree
 the walk happens once, and which ranks hold how much falls out of it: rank sets only shrink on the way
 down, so the set that drops out at a depth has exactly that depth.

@@ -69,7 +69,7 @@ sys.exit(gpu_check.main())
 def test_the_roofline_in_the_notes_is_what_the_cost_model_says() -> None:
     done = rehearse("gpu_roofline.py")
     assert done.returncode == 0, done.stderr
-    assert done.stdout in (ROOT / "docs/gpu.md").read_text(), "run bench/gpu_roofline.py --docs"
+    assert done.stdout in (ROOT / "docs/results/gpu.md").read_text(), "run bench/gpu_roofline.py --docs"
 
 
 def test_what_the_check_compares_with_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

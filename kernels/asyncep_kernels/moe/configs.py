@@ -1,4 +1,7 @@
-"""Tile sizes of the expert GEMMs, from ``configs.json``: chosen by `bench/gpu_tune.py`, see docs/gpu.md."""
+"""Tile sizes of the expert GEMMs, from ``configs.json``: chosen by `bench/gpu_tune.py`.
+
+See docs/internals/gpu_kernels.md.
+"""
 
 from __future__ import annotations
 

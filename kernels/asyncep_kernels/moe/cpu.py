@@ -2,7 +2,7 @@
 which is what this file has: the expert GEMMs (oneDNN for bf16) and little beside them.
 
 Weights are read as they lie. oneDNN would also take them repacked, which measures 0 to 3 % faster and would cost
-every rank a private copy of all experts; see docs/cpu.md.
+every rank a private copy of all experts; see docs/internals/cpu_kernels.md.
 
 oneDNN compiles a kernel for every new shape, 0.6 ms each, more than such a GEMM takes; and its cache holds 1,024.
 Routing makes every row count occur, so an expert's rows go in blocks whose size is one of a few.

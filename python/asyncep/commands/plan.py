@@ -47,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument("--batch-tokens", type=int, default=BATCHES[-1], help="new tokens of a rank's batch at most")
     flags.add_argument("--skew", type=float, default=MEASURED_RATIO, help="most over least loaded expert (default: 16)")
-    flags.add_argument("--calibration", type=Path, metavar="FILE", help="measured figures, see docs/simulator.md")
+    flags.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="measured figures, see docs/internals/simulator.md"
+    )
     flags.add_argument("--json", action="store_true", help="machine-readable")
     return flags
 

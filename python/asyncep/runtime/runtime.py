@@ -79,7 +79,7 @@ class Runtime:
 
         A connection has 10 s to come about and a question about the server 30 s to be answered; work has no limit, but
         a server that says nothing any more is given up. Calls of more than 64 texts, and files, wait on servers of ours
-        for requests of others (`docs/clients.md`).
+        for requests of others (`docs/use/clients.md`).
 
         Raises:
             OptionError: the URL is none.

@@ -35,7 +35,7 @@ from asyncep_sgl.process.ports import free_port
 
 pytestmark = pytest.mark.server
 
-DOCS = Path(__file__).parents[3] / "docs"
+DOCS = Path(__file__).parents[3] / "docs" / "use"
 # The bf16 weights are exact in fp32; served and reference differ by the order of their sums.
 TOLERANCE = 1e-3
 CHAT = (
@@ -296,5 +296,5 @@ def test_examples_of_the_page(runtime: Runtime, tmp_path: Path, monkeypatch: pyt
     for block in blocks:
         # The one thing that is not as on the page: the ranks run already.
         code = block.replace('Runtime("MODEL", dp_size=2)', f'Runtime.connect("{runtime.url}")')
-        exec(compile(code, "docs/jobs.md", "exec"), scope)
+        exec(compile(code, "docs/use/jobs.md", "exec"), scope)
     assert Path("labelled.parquet").exists()

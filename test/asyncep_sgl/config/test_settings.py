@@ -210,7 +210,7 @@ def test_a_number_out_of_bounds_is_refused_by_name(group: type, name: str, flag:
 
 
 def test_the_recipe_for_a_new_setting() -> None:
-    """As `docs/structure.md` has it: a field is all that a flag, its help, its bound and its way need."""
+    """As `docs/internals/recipes.md` has it: a field is all that a flag, its help, its bound and its way need."""
 
     @dataclass(frozen=True, kw_only=True)
     class More(RunSettings):

@@ -25,7 +25,7 @@ _SENT = {"nothing": None, "wrong": "Bearer other", "client": CLIENT, "admin": BO
 
 
 def _expected(access: Access, keys: str, sent: str, *, local: bool, decodes: bool) -> int:
-    """The table of docs/security.md, written down once more."""
+    """The table of docs/use/security.md, written down once more."""
     is_admin = sent == "admin" and keys in ("admin", "both")
     is_client = sent == "client" and keys in ("client", "both")
     match access:

@@ -1,4 +1,4 @@
-"""docs/security.md says of each endpoint what the code does."""
+"""docs/use/security.md says of each endpoint what the code does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from asyncep_sgl.front.endpoints import ENDPOINTS
 
-PAGE = Path(__file__).parents[3] / "docs" / "security.md"
+PAGE = Path(__file__).parents[3] / "docs" / "use" / "security.md"
 
 
 def rows() -> dict[str, str]:

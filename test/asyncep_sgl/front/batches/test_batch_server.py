@@ -26,7 +26,7 @@ from asyncep_sgl.process.ports import free_port
 
 pytestmark = pytest.mark.server
 
-DOCS = Path(__file__).parents[4] / "docs"
+DOCS = Path(__file__).parents[4] / "docs" / "use"
 KEY = "secret"
 ROWS = 1500
 # More than a rank does before the test has gone on.
