@@ -35,14 +35,21 @@ _HOSTILE = 4
 # The server and the router close a connection that has been idle for 75 s, the longest of their times; nothing tells
 # when they have.
 _QUIET_SECONDS = 90.0
+# The router checks each server every 60 s and keeps that connection for a while, so that it is there at some moments
+# of a minute and not at others. What a process holds is what is there at every moment of more than a minute.
+_LOOK_SECONDS = 70.0
 # Tokens of a rank's prefix cache: four of the longest prompts.
 _CACHE = ("--max-total-tokens", "16384")
 
 
-async def quiet_descriptors(both: Stand, seconds: float) -> dict[str, Counter[str]]:
-    """What each process's descriptors are after so long in which nobody asks."""
-    await asyncio.sleep(seconds)
-    return {name: held(process) for name, process in both.roles().items()}
+async def quiet_descriptors(both: Stand, quiet: float, look: float) -> dict[str, Counter[str]]:
+    """Descriptors that each process holds for all of ``look`` seconds, after ``quiet`` seconds without requests."""
+    await asyncio.sleep(quiet)
+    kept = {name: held(process) for name, process in both.roles().items()}
+    for _ in range(round(look)):
+        await asyncio.sleep(1.0)
+        kept = {name: kept[name] & held(process) for name, process in both.roles().items() if name in kept}
+    return kept
 
 
 async def stretch(both: Stand, attack: Attack, load: Mapping[str, Any], seconds: float) -> list[dict[str, Any]]:
@@ -61,16 +68,16 @@ async def soaked(both: Stand, args: argparse.Namespace) -> tuple[dict[str, Any],
     load = {"asked": asked, "expected": await answers(both.server.url, asked, both.key)}
     found = routes(await asyncio.to_thread(sglang_document))
     settled = args.seconds * _SETTLED_SHARE
-    quiet = min(_QUIET_SECONDS, args.seconds / 5)
+    quiet, look = min(_QUIET_SECONDS, args.seconds / 5), min(_LOOK_SECONDS, args.seconds / 5)
     async with Feed(found, args.seed) as feed, Watch(both.roles, max(1.0, args.seconds / 360)) as watch:
         # A run that was stopped takes no more cases: each stretch has one of its own, on the same stream of them.
         early = Attack(both, feed, in_flight=_HOSTILE, most_ends=3)
         tallies = await stretch(both, early, load, settled)
-        before = await quiet_descriptors(both, quiet)
+        before = await quiet_descriptors(both, quiet, look)
         settled_at = watch.seconds()
         late = Attack(both, feed, in_flight=_HOSTILE, most_ends=3)
         tallies += await stretch(both, late, load, args.seconds - settled)
-        after = await quiet_descriptors(both, quiet)
+        after = await quiet_descriptors(both, quiet, look)
     growths = {name: growth(series, settled_at) for name, series in watch.series.items()}
     worst = max((value for value in growths.values() if value is not None), default=0.0)
     failed = sum(tally[what] for tally in tallies for what in ("wrong", "refused", "lost"))

@@ -262,9 +262,13 @@ def test_gathers_are_timed_and_what_was_measured_does_not_stay(world: World) -> 
     on_all(world.sides(), 2, run)
 
 
-def test_an_expert_that_is_nowhere_is_said_before_anything_is_gathered(world: World) -> None:
-    if world.lacking is None:
-        pytest.skip("host memory has every expert; another host's is waited for (test_peer_source.py)")
+# Host memory has every expert, and another host's is waited for (`test_peer_source.py`).
+@pytest.mark.parametrize("maker", [cached_files, direct_files, peers_memory, collective])
+def test_an_expert_that_is_nowhere_is_said_before_anything_is_gathered(
+    maker: Callable[[Path], World], tmp_path: Path
+) -> None:
+    world = maker(tmp_path)
+    assert world.lacking is not None
     side = world.lacking()
     with pytest.raises((GatherError, StoreError)):
         ExpertGather(side.layers, side.source, 2)
