@@ -16,14 +16,16 @@ class FrontSettings:
 
     max_body_bytes: int = setting(64 << 20, "SIZE", "largest body of a request; larger ones are answered 413", least=1)
     max_held_bytes: int = setting(
-        256 << 20, "SIZE", "bodies of all requests in progress together; more are answered 503", least=1
+        256 << 20, "SIZE", "bytes of the bodies of all requests in progress; beyond it 503", least=1
     )
-    max_prompts: int = setting(16384, "N", "prompts of one request, samples counted (400 beyond)", least=1)
+    max_prompts: int = setting(16384, "N", "prompts times n of one request (400 beyond)", least=1)
     max_prompt_chars: int = setting(
-        0, "N", "characters of one prompt (400 beyond, before anything is tokenized); 0: 32 a token of the context",
+        0,
+        "N",
+        "characters of one prompt (400 beyond, before anything is tokenized); 0: 32 times the tokens of the context",
         least=0,
-    )  # fmt: skip
-    max_samples: int = setting(128, "N", "samples of one prompt, the field n (400 beyond)", least=1)
+    )
+    max_samples: int = setting(128, "N", "largest n, the samples of a prompt (400 beyond)", least=1)
     max_logprobs: int = setting(
         1_000_000,
         "N",

@@ -46,8 +46,8 @@ class RunSettings:
     kv_free: bool = setting(
         False,
         "",
-        "keep no prefix from one batch to the next and memory for the keys and values of one batch only; for work "
-        "whose prompts have nothing in common",
+        "keep no prefix from one batch to the next; the KV cache holds one longest prompt and one batch; for prompts "
+        "that have nothing in common",
     )
     decode: Decode = setting(
         "refuse",
@@ -64,8 +64,8 @@ class RunSettings:
     transport: Transport = setting(
         "auto",
         "",
-        "on GPUs: cuda keeps a part of the experts in each GPU and gathers from the others, pinned keeps them in host "
-        "memory; auto: cuda where they fit; has not run on a GPU yet",
+        "on GPUs: cuda keeps a part of the experts in each GPU and gathers the rest from the others, pinned keeps them "
+        "in host memory; auto: cuda if the GPUs together have room for all experts, else pinned; not run on a GPU yet",
         choices=get_args(Transport),
         only=("gpu", "cuda", "pinned"),
     )
@@ -75,13 +75,13 @@ class RunSettings:
         "how experts and tokens come together: replicated (this host's memory has all experts), asyncep (each host or "
         "GPU keeps a part and gathers the rest ahead of the computation), or MODULE:CLASS of your own "
         "(docs/internals/strategies.md)",
-        shown="asyncep where the experts are divided (several hosts or GPUs, or too little memory), else replicated",
+        shown="asyncep with several hosts, several GPUs, --asyncep-expert-memory or a GPU too small; else replicated",
     )
     threshold_tokens: int = setting(
         2048,
         "N",
-        "smallest batch that a rank is meant to compute, in FLOPs of one prompt of N tokens. The router gives each "
-        "rank up to two batches. Where ranks gather, a batch is T if T is more",
+        "a batch has at least the FLOPs of one prompt of N tokens: T if that is more and ranks gather, SGLang's chunk "
+        "if that is more on GPUs. The router gives each rank up to two batches",
         least=1,
     )
     without: tuple[Saving, ...] = setting(
@@ -94,7 +94,8 @@ class RunSettings:
     grace_seconds: float = setting(
         10.0,
         "S",
-        "on Ctrl-C or SIGTERM, time for requests in flight; a second signal ends at once",
+        "seconds that requests in flight may take after Ctrl-C, SIGTERM or SIGHUP; a second signal ends the server at "
+        "once",
         name="--shutdown-grace-period-secs",
         least=0,
     )
@@ -105,7 +106,10 @@ class RouterSettings:
     """The router inside the engine."""
 
     max_wait_ms: float = setting(
-        0.0, "MS", "longest time that less than a batch of work waits for more while ranks are idle", least=0
+        0.0,
+        "MS",
+        "while every rank is idle, hold requests for so long until a batch is there; 0 sends at once",
+        least=0,
     )
     log_decisions: bool = setting(False, "", "log each routing decision as a JSON line")
 
@@ -120,7 +124,7 @@ class GroupSettings:
     """Experts that are not all in memory which every rank reads: hosts that share them, or layers on disk."""
 
     nodes: int = setting(1, "N", "hosts that share the experts, on CPUs only", name="--nnodes", least=1)
-    node: int = setting(0, "I", "which of them this is, from 0", name="--node-rank")
+    node: int = setting(0, "I", "number of this host, from 0 to N-1 of --nnodes", name="--node-rank")
     rendezvous: str = setting(
         "",
         "HOST:PORT",
@@ -130,7 +134,7 @@ class GroupSettings:
     copies: int = setting(
         1,
         "N",
-        "hosts that keep each expert; with 2 or more a host may be lost without a pause",
+        "hosts that keep each expert; with 2 or more, requests go on within seconds when a host is lost",
         name="--asyncep-copies",
         least=1,
         only=("hosts",),
@@ -138,9 +142,8 @@ class GroupSettings:
     memory_limit: int | None = setting(
         None,
         "SIZE",
-        "keep so much of the experts in memory and read the other layers from the checkpoint for each batch, ahead of "
-        "the computation; for models larger than memory; on GPUs: so much on each GPU, the other layers in pinned host "
-        "memory",
+        "bytes of experts to keep in memory (on GPUs: on each GPU); for each batch a rank reads the other layers from "
+        "the checkpoint (on GPUs: from pinned host memory), ahead of the computation; for models larger than memory",
         name="--asyncep-expert-memory",
         least=0,
         shown="keep all",
@@ -152,8 +155,8 @@ class GroupSettings:
     resident_experts: int = setting(
         0,
         "N",
-        "N more experts of every other layer that each host keeps, beyond its share or beyond --asyncep-expert-memory; "
-        "a rank gathers N fewer",
+        "experts of each remaining layer that a host keeps beyond its share, or beyond --asyncep-expert-memory; a rank "
+        "gathers N fewer",
         least=0,
         only=("hosts", "disk"),
     )
@@ -169,14 +172,14 @@ class GroupSettings:
     margin: float = setting(
         1.2,
         "GAMMA",
-        "T is the FLOPs that just hide a gather, times this; below 1 ranks wait for gathers",
+        "T is the FLOPs that compute this many times as long as a gather takes; below 1 ranks wait for gathers",
         above=0,
         only=GATHERING,
     )
     verify: Literal["every", "off"] = setting(
         "every",
         "",
-        "compare every gathered expert with its owner's digest, or trust the link",
+        "every: compare each gathered expert with its owner's digest; off: trust the link",
         choices=("every", "off"),
         only=("hosts",),
     )

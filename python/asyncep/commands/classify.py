@@ -38,12 +38,13 @@ examples:
   asyncep classify in.csv out.parquet --labels spam,ham --text-field body --url http://host:30000 \\
       --template 'Is this mail spam or ham?\\n\\nMail: {text}\\nAnswer:'
 
-Each row of OUT has row, label, probabilities and log_probabilities; a row that could not be classified has row and
-error. With --gold-field the accuracy and a confusion table are printed.
+Each row of a JSONL OUT has row, label, probabilities and log_probabilities, or row and error if it could not be
+classified. CSV and Parquet have columns for each label. With --gold-field the accuracy and a confusion table
+are printed.
 
-The job can be stopped at any point, kill -9 included: until it is done, OUT.job holds what has been computed, and the
-same command goes on from there. OUT appears when it is whole, with each row once. An OUT or report that is there
-already is written over only with --overwrite, and what is read never.
+The job can be stopped at any point, kill -9 included: until it is done, OUT.job holds what has been computed,
+and the same command goes on from there. OUT appears when it is whole, with each row once. An existing OUT or
+report needs --overwrite. The job never writes over what it reads.
 """
 
 
@@ -214,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("input", type=Path, metavar="IN", help=".jsonl, .csv or .parquet file")
+    parser.add_argument("input", type=Path, metavar="IN", help=".jsonl, .ndjson, .csv or .parquet file")
     parser.add_argument("output", type=Path, metavar="OUT", help=".jsonl, .csv or .parquet file to write")
     what = parser.add_argument_group("rows")
     what.add_argument("--text-field", default="text", metavar="NAME", help="field with the text (default: text)")
@@ -226,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_shard,
         default=(0, 1),
         metavar="i/n",
-        help="only the i-th of n parts of the rows, each with an OUT of its own (row numbers stay those of the file)",
+        help="only part i of n, from 1/n to n/n; give each part an OUT of its own (row numbers stay those of the file)",
     )
     prompt = parser.add_argument_group("prompt")
     prompt.add_argument("--labels", required=True, metavar="A,B,…", help="the labels to choose from")
@@ -236,35 +237,47 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TEXT|@FILE",
         help="the prompt, with {text} once and {labels} if wanted; what stands before {text} is shared by all rows",
     )
-    prompt.add_argument("--examples", type=Path, metavar="FILE", help="JSONL of labelled texts to show in every prompt")
+    prompt.add_argument(
+        "--examples",
+        type=Path,
+        metavar="FILE",
+        help="JSONL with --text-field and --gold-field (default label): shown in every prompt",
+    )
     prompt.add_argument("--chat", action="store_true", help="write the prompt in the model's chat format")
     prompt.add_argument("--system", metavar="TEXT", help="a system message, with --chat")
     prompt.add_argument(
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="file of texts (no labels needed) whose mean score is subtracted from each label's",
+        help="file of texts (--text-field, no labels needed) whose mean score is subtracted from each label's",
     )
     prompt.add_argument(
-        "--calibrate", action="append", metavar="TEXT", help="the same with a neutral text such as N/A; may be repeated"
+        "--calibrate",
+        action="append",
+        metavar="TEXT",
+        help="a neutral text such as N/A, in place of --calibration; may be repeated",
     )
     prompt.add_argument(
         "--label-length",
         choices=("sum", "mean"),
         default="sum",
-        help="labels of several tokens: their full log-likelihood, or its mean over the tokens (default sum)",
+        help="score of a label of several tokens: sum (default) or mean of its tokens' log-probabilities",
     )
     where = parser.add_argument_group("where")
-    where.add_argument("--url", help="a running server, such as http://127.0.0.1:30000")
+    where.add_argument("--url", help="a running server, such as http://127.0.0.1:30000; give this or --model-path")
     where.add_argument(
         "--api-key", metavar="KEY|@FILE", help="its API key, or a file with it (default: $ASYNCEP_API_KEY)"
     )
-    where.add_argument("--model-path", metavar="PATH", help="start a server for this model, for the length of the job")
+    where.add_argument(
+        "--model-path",
+        metavar="PATH",
+        help="start a server for this model, for the length of the job; give this or --url",
+    )
     where.add_argument("--dp-size", type=int, default=1, metavar="N", help="ranks of the started server (default 1)")
     where.add_argument(
         "--ray-address",
         metavar="HOST:PORT",
-        help="start such a server on each host of this Ray cluster (auto: the one this host belongs to)",
+        help="start one server on each host of this Ray cluster (auto: the cluster of this host)",
     )
     where.add_argument(
         "--ray-nodes", type=_at_least_one, metavar="N", help="hosts of the cluster to use (default: all with CPUs)"
@@ -281,10 +294,10 @@ def _parser() -> argparse.ArgumentParser:
         type=_at_least_one,
         default=4096,
         metavar="N",
-        help="rows planned and written together; more share more prefixes and take more memory (default 4096)",
+        help="rows planned and written together; a larger N shares more prefixes and takes more memory (default 4096)",
     )
     job.add_argument("--report", type=Path, metavar="FILE", help="where to write the HTML report (default OUT.html)")
-    job.add_argument("--no-report", action="store_true", help="write none")
+    job.add_argument("--no-report", action="store_true", help="write no HTML report")
     job.add_argument(
         "--peak-tflops",
         type=float,

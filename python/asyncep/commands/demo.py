@@ -33,7 +33,11 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--dp-size", type=int, default=2, metavar="N", help="ranks (default 2)")
     parser.add_argument(
-        "--articles-per-topic", type=int, default=_REFERENCE_ARTICLES, metavar="N", help="five topics (default 40)"
+        "--articles-per-topic",
+        type=int,
+        default=_REFERENCE_ARTICLES,
+        metavar="N",
+        help="articles of each of the five topics (default 40)",
     )
     options = parser.parse_args(arguments)
     console = Console()

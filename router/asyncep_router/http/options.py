@@ -1,7 +1,7 @@
 """The router's settings: names, defaults and meanings of every flag that does something here.
 
-The command line is made from this dataclass (`flags.py`). Defaults are `sglang_router`'s except for
-`policy`; flags that router lacks are at the end.
+The command line is made from this dataclass (`flags.py`). Defaults are `sglang_router`'s, except for
+`policy`, `max_payload_size` and `prometheus_host`; flags that router lacks are at the end.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _flag(
 
 def _key(variable: str, text: str) -> Any:
     """Not shown when printed. `variable`: of the environment, asked where the flag is silent."""
-    text = f"{text}; @FILE: its first line is the key ({variable})"
+    text = f"{text}; @FILE reads the key from a file's first line ({variable})"
     return field(default=None, repr=False, metadata={"help": text, "choices": None, "variable": variable})
 
 
@@ -86,16 +86,25 @@ class RouterOptions:
     worker_urls: tuple[str, ...] = _flag((), "URLs of the SGLang servers; more can be added while serving")
     host: str = _flag("0.0.0.0", "address to listen on")
     port: int = _flag(30000, "port to listen on", least=0, most=_LAST_PORT)
-    policy: str = _flag("asyncep", "how ranks are chosen (sglang_router's default is cache_aware)", POLICIES)
-    cache_threshold: float = _flag(
-        0.3, "cache_aware: share of a prompt that must be held to follow it", least=0, most=1
+    policy: str = _flag(
+        "asyncep", f"how ranks are chosen: {', '.join(POLICIES)} (sglang_router's default is cache_aware)", POLICIES
     )
-    balance_abs_threshold: int = _flag(64, "cache_aware: requests of imbalance that are tolerated", least=0)
-    balance_rel_threshold: float = _flag(1.5, "cache_aware: ratio of imbalance that is tolerated", least=0)
+    cache_threshold: float = _flag(
+        0.3, "cache_aware: share of a prompt that a rank must hold to get it", least=0, most=1
+    )
+    balance_abs_threshold: int = _flag(
+        64,
+        "cache_aware: requests that the busiest rank may have more than the least busy (both limits must be passed)",
+        least=0,
+    )
+    balance_rel_threshold: float = _flag(
+        1.5, "cache_aware: ratio that requests of the busiest rank may have to the least busy one's", least=0
+    )
     max_tree_size: int = _flag(67108864, "tokens of the view of the ranks' caches, all ranks together", least=1)
     max_payload_size: int = _flag(67108864, "bytes of a request body at most (sglang_router: 536870912)", least=1)
     api_key: str | None = _key(
-        KEY_VARIABLE, "key that clients must present; also sent to the workers of --worker-urls (--worker-api-key)"
+        KEY_VARIABLE,
+        "key that clients must present; also sent to the workers of --worker-urls, unless --worker-api-key is given",
     )
     worker_startup_timeout_secs: int = _flag(
         1800, "seconds until a worker that never answered is reported as failed", least=0, most=_LONGEST_SECONDS
@@ -114,7 +123,9 @@ class RouterOptions:
     )
     cors_allowed_origins: tuple[str, ...] = _flag((), "origins allowed to call from a browser")
     max_concurrent_requests: int = _flag(-1, "requests worked on at once; -1: no limit", least=-1)
-    queue_size: int = _flag(100, "requests that wait beyond that; more are answered 429", least=0)
+    queue_size: int = _flag(
+        100, "requests that wait when --max-concurrent-requests are worked on; more are answered 429", least=0
+    )
     queue_timeout_secs: int = _flag(
         60, "seconds a request waits before it is answered 408", least=0, most=_LONGEST_SECONDS
     )
@@ -127,19 +138,19 @@ class RouterOptions:
         30000, "longest wait between attempts, milliseconds", least=0, most=_LONGEST_SECONDS
     )
     retry_backoff_multiplier: float = _flag(1.5, "growth of the wait from attempt to attempt", least=1)
-    retry_jitter_factor: float = _flag(0.2, "share of the wait that is left to chance", least=0, most=1)
+    retry_jitter_factor: float = _flag(0.2, "each wait is longer or shorter by up to this share", least=0, most=1)
     disable_retries: bool = _flag(False, "one attempt only")
     health_failure_threshold: int = _flag(3, "failed checks in a row after which a worker counts as unhealthy", least=1)
     health_success_threshold: int = _flag(
-        2, "successful checks in a row after which it counts as healthy again", least=1
+        2, "successful checks in a row after which an unhealthy worker counts as healthy", least=1
     )
     health_check_timeout_secs: int = _flag(5, "seconds a check may take", least=1, most=_LONGEST_SECONDS)
     health_check_interval_secs: int = _flag(60, "seconds between checks", least=1, most=_LONGEST_SECONDS)
-    health_check_endpoint: str = _flag("/health", "what is asked")
-    disable_health_check: bool = _flag(False, "do not check workers that answered once")
+    health_check_endpoint: str = _flag("/health", "path of the health check")
+    disable_health_check: bool = _flag(False, "stop the regular checks of a worker after its first answer")
     cb_failure_threshold: int = _flag(10, "failures in a row that open a worker's circuit", least=1)
-    cb_success_threshold: int = _flag(3, "successes that close it again", least=1)
-    cb_timeout_duration_secs: int = _flag(60, "seconds it stays open", least=0, most=_LONGEST_SECONDS)
+    cb_success_threshold: int = _flag(3, "successes that close an open circuit", least=1)
+    cb_timeout_duration_secs: int = _flag(60, "seconds a circuit stays open", least=0, most=_LONGEST_SECONDS)
     cb_window_duration_secs: int = _flag(
         120, "seconds after which a failure is forgotten", least=0, most=_LONGEST_SECONDS
     )
@@ -147,7 +158,7 @@ class RouterOptions:
     model_path: str | None = _flag(None, "where the model's config.json is; default: what the workers say")
     tokenizer_path: str | None = _flag(None, "where its tokenizer is; default: what the workers say")
     tls_cert_path: str | None = _flag(None, "certificate to serve HTTPS with (PEM)")
-    tls_key_path: str | None = _flag(None, "its key (PEM)")
+    tls_key_path: str | None = _flag(None, "private key of --tls-cert-path (PEM)")
 
     admin_api_key: str | None = _key(ADMIN_KEY_VARIABLE, "key for adding and removing workers, flushing and aborting")
     api_key_file: str | None = _flag(
@@ -157,7 +168,7 @@ class RouterOptions:
         WORKER_KEY_VARIABLE, "key of the workers of --worker-urls; default that of --api-key"
     )
     worker_admin_api_key: str | None = _key(
-        WORKER_ADMIN_KEY_VARIABLE, "their key for /flush_cache and /abort_request, where they want another one for that"
+        WORKER_ADMIN_KEY_VARIABLE, "key of those workers for /flush_cache and /abort_request, if it differs"
     )
     trusted_worker_urls: tuple[str, ...] = _flag(
         (), "URLs that get the workers' key also when they are added by POST /workers without an api_key"
@@ -170,7 +181,7 @@ class RouterOptions:
         16384, "open connections of clients; further ones are answered 503 and closed", least=1
     )
     header_timeout_secs: float = _flag(
-        10.0, "seconds a client has to send a request's headers (408 beyond)", least=0.1, most=_LONGEST_SECONDS
+        10.0, "seconds for the headers of a connection's first request (408 beyond)", least=0.1, most=_LONGEST_SECONDS
     )
     body_timeout_secs: float = _flag(
         30.0,
@@ -180,7 +191,10 @@ class RouterOptions:
         most=_LONGEST_SECONDS,
     )
     keep_alive_timeout_secs: float = _flag(
-        75.0, "seconds after which an unused connection is closed", least=0.1, most=_LONGEST_SECONDS
+        75.0,
+        "seconds until the headers of a later request are complete; then the connection is closed",
+        least=0.1,
+        most=_LONGEST_SECONDS,
     )
     tokenizer: str = _flag(
         "auto",
@@ -189,18 +203,29 @@ class RouterOptions:
         ("auto", "local", "worker", "none"),
     )
     prefix_view: str = _flag("blocks", "view of the ranks' caches: blocks, or SGLang's radix tree", ("blocks", "radix"))
-    prefix_block_tokens: int = _flag(64, "blocks: tokens by which prompts are compared", least=1)
-    threshold_tokens: int = _flag(0, "tokens that saturate a rank; 0: its chunked prefill size, else 8192", least=0)
-    inflight_target: float = _flag(2.0, "a rank gets work while it has less than this many times that", least=1)
+    prefix_block_tokens: int = _flag(64, "--prefix-view blocks: tokens of a block", least=1)
+    threshold_tokens: int = _flag(
+        0, "T of a rank in tokens; 0: what the worker reports, else its chunked prefill size, else 8192", least=0
+    )
+    inflight_target: float = _flag(
+        2.0, "a rank gets work while its FLOPs in flight are below this many times T", least=1
+    )
     max_wait_ms: float = _flag(
-        0.0, "milliseconds a request is held for company while every rank is below T", least=0, most=_LONGEST_SECONDS
+        0.0,
+        "longest milliseconds that requests wait for more while every rank is idle and less than a batch waits",
+        least=0,
+        most=_LONGEST_SECONDS,
     )
     starve_after_secs: float = _flag(
         10.0, "seconds from which a waiting request goes first", least=0, most=_LONGEST_SECONDS
     )
-    affinity: float = _flag(0.5, "share of a prompt that must be held for it to wait for that rank", least=0, most=1)
-    without_rules: tuple[str, ...] = _flag((), "rules of the policy to leave out, of F1 F2 F3; for ablations")
-    log_decisions: bool = _flag(False, "one JSON line on stdout for every request sent")
+    affinity: float = _flag(
+        0.5, "share of a prompt that a rank must hold for the prompt to wait for it", least=0, most=1
+    )
+    without_rules: tuple[str, ...] = _flag(
+        (), "rules of the policy to leave out, to measure them: F1 longest prefix first, F2 net FLOPs, F3 fill to T"
+    )
+    log_decisions: bool = _flag(False, "one JSON line on stdout for each prompt sent")
 
     def __post_init__(self) -> None:
         for each in fields(self):
