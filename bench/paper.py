@@ -138,7 +138,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             mix = next(load for load in loads if load.name == MIX)
             changed = variants(_threshold_tokens(bench, cost))
             if quick:
-                changed = [side for side in changed if side.router or side.name == "as it is"][:2]
+                changed = [side for side in changed if side.router or side.name == "unchanged"][:2]
             bench.ablations(changed, mix, rounds=1)
             _note(raw, bench)
     raw["calibration"] = None if quick else _calibration(raw, bench)

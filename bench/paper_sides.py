@@ -94,7 +94,7 @@ SIDES = (
 
 def variants(threshold_tokens: int) -> list[Side]:
     """AsyncEP with one thing changed. `threshold_tokens`: T, as the unchanged one measured it."""
-    out = [replace(ASYNCEP, name="as it is")]
+    out = [replace(ASYNCEP, name="unchanged")]
     out += [
         replace(ASYNCEP, name=name, flags=(*ASYNCEP.flags, "--asyncep-gather-depth", str(depth)))
         for name, depth in (("depth 1: overlaps with attention alone", 1), ("depth 3", 3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def plot(raw: Mapping[str, Any], path: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 3, figsize=(20, 6))
+    figure, panels = pyplot.subplots(1, 3, figsize=(22, 7), width_ratios=(1.6, 1, 1), layout="constrained")
     names = list(dict.fromkeys(name for by_side in raw["runs"].values() for name in by_side))
     loads = list(raw["runs"])
     for at, name in enumerate(names):
@@ -169,9 +170,10 @@ def plot(raw: Mapping[str, Any], path: Path) -> Path:
             spans.append((heights[-1] - min(speeds), max(speeds) - heights[-1]))
         places = [load + at / (len(names) + 1) for load in range(len(loads))]
         panels[0].bar(places, heights, 1 / (len(names) + 1), yerr=list(zip(*spans, strict=True)), label=name)
-    panels[0].set_xticks([load + 0.4 for load in range(len(loads))], loads, rotation=20)
+    panels[0].set_xticks([at + 0.4 for at in range(len(loads))], [textwrap.fill(load, 13) for load in loads])
     panels[0].set(title=f"two hosts, link {raw['link']}", ylabel="tokens/s")
-    panels[0].legend(fontsize="small")
+    # Below the panel: the highest bars reach its top.
+    panels[0].legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4)
     variants = {name: statistics.median(run["tokens_per_s"] for run in runs) for name, runs in raw["ablation"].items()}
     panels[1].barh(list(variants), list(variants.values()))
     panels[1].invert_yaxis()
@@ -185,6 +187,5 @@ def plot(raw: Mapping[str, Any], path: Path) -> Path:
         panels[2].plot(ends, ends, color="grey", linewidth=0.5)
         panels[2].set(xscale="log", yscale="log", xlabel="measured step, s", ylabel="simulated step, s")
         panels[2].legend(fontsize="small")
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     return path

@@ -115,6 +115,13 @@ def plot(points: list[Point], path: Path) -> None:
         axis.plot(across, [1e3 * p.best for p in chosen], "o", label="measured")
         axis.plot(across, [1e3 * p.fitted for p in chosen], "-", label="fitted")
         axis.set(xscale="log", yscale="log", xlabel=name, ylabel="ms")
+        axis.set_xticks(across, [f"{value:,}" for value in across], minor=False)
+        axis.set_xticks([], minor=True)
+        lowest, highest = (1e3 * end(p.best for p in chosen) for end in (min, max))
+        # Five round figures: a logarithmic axis would label all or none.
+        round_ones = sorted({float(f"{value:.2g}") for value in np.geomspace(lowest, highest, 5)})
+        axis.set_yticks(round_ones, [f"{value:,.0f}" for value in round_ones])
+        axis.set_yticks([], minor=True)
         axis.legend()
     figure.tight_layout()
     figure.savefig(path)
