@@ -8,20 +8,46 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from asyncep.runtime.runtime import Runtime
-    from asyncep.tasks.results import Classification, Ranked, Score, TokenLogProbs
+    from asyncep.client.errors import OptionError as OptionError
+    from asyncep.client.errors import ServerError as ServerError
+    from asyncep.jobs.journal import JobError as JobError
+    from asyncep.jobs.spec import JobResult as JobResult
+    from asyncep.local_server import StartError as StartError
+    from asyncep.own_files import OutputError as OutputError
+    from asyncep.runtime.runtime import Runtime as Runtime
+    from asyncep.tasks.records import InputError as InputError
+    from asyncep.tasks.results import Classification as Classification
+    from asyncep.tasks.results import Ranked as Ranked
+    from asyncep.tasks.results import Score as Score
+    from asyncep.tasks.results import TokenLogProbs as TokenLogProbs
 
-__all__ = ["Classification", "Ranked", "Runtime", "Score", "TokenLogProbs"]
+    __version__: str
+
+# Where each name comes from: it is imported when it is asked for, because `asyncep --help` should not wait for an HTTP
+# client.
+_HOMES = {
+    "Runtime": "asyncep.runtime.runtime",
+    **dict.fromkeys(("Classification", "Ranked", "Score", "TokenLogProbs"), "asyncep.tasks.results"),
+    "JobResult": "asyncep.jobs.spec",
+    **dict.fromkeys(("OptionError", "ServerError"), "asyncep.client.errors"),
+    "InputError": "asyncep.tasks.records",
+    "OutputError": "asyncep.own_files",
+    "JobError": "asyncep.jobs.journal",
+    "StartError": "asyncep.local_server",
+}
+__all__ = ["__version__", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads what is asked for: `asyncep --help` should not wait for an HTTP client."""
-    if name == "Runtime":
-        from asyncep.runtime.runtime import Runtime
+    """Imports what is asked for."""
+    from importlib import import_module, metadata
 
-        return Runtime
-    if name in __all__:
-        from asyncep.tasks import results
-
-        return getattr(results, name)
+    if name == "__version__":
+        return metadata.version("asyncep-sgl")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'asyncep' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence, Set
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, overload
+
+from typing_extensions import Unpack
 
 from asyncep.client.address import server_url
 from asyncep.client.errors import OptionError
@@ -18,11 +20,12 @@ from asyncep.jobs.spec import JobResult, JobSpec
 from asyncep.local_server import local_server
 from asyncep.runtime.loop import LoopThread
 from asyncep.runtime.windows import WINDOW, in_order, windows
+from asyncep.tasks.arguments import task_options
 from asyncep.tasks.frames import check_frame, is_frame, library_of, listed, texts_of, with_results
 from asyncep.tasks.results import Classification, Ranked, Score, TokenLogProbs
 from asyncep.tasks.rows import RowSource
-from asyncep.tasks.session import Session, open_session
-from asyncep.tasks.task import TaskOptions
+from asyncep.tasks.session import RerankOptions, Session, open_session
+from asyncep.tasks.task import PromptOptions, TaskOptions
 from asyncep_router.errors import ConfigError
 from asyncep_router.keys import key_from
 
@@ -148,6 +151,10 @@ class Runtime:
     ) -> None:
         await asyncio.to_thread(self.close)
 
+    def __repr__(self) -> str:
+        what = f"Runtime({self._model!r})" if self._model is not None else f"Runtime.connect({self._url!r})"
+        return f"<{what}, {'started' if self._stack is not None else 'not started'}>"
+
     @property
     def url(self) -> str:
         """Where its server answers; other clients may use it too."""
@@ -162,7 +169,24 @@ class Runtime:
 
     # Classification
 
-    def classify(self, texts: Any, labels: Sequence[str], *, text: str = "text", **options: Any) -> Any:
+    @overload
+    def classify(
+        self, texts: Sequence[str], labels: Sequence[str], *, text: str = "text", **options: Unpack[PromptOptions]
+    ) -> list[Classification]: ...
+
+    @overload
+    def classify(
+        self, texts: Iterator[str], labels: Sequence[str], *, text: str = "text", **options: Unpack[PromptOptions]
+    ) -> Iterator[Classification]: ...
+
+    @overload
+    def classify(
+        self, texts: object, labels: Sequence[str], *, text: str = "text", **options: Unpack[PromptOptions]
+    ) -> Any: ...
+
+    def classify(
+        self, texts: object, labels: Sequence[str], *, text: str = "text", **options: Unpack[PromptOptions]
+    ) -> Any:
         """The most probable label of each text.
 
         Args:
@@ -170,7 +194,7 @@ class Runtime:
                 or column of pandas, polars or Arrow.
             labels: at least two. One of several tokens is scored by its full log-likelihood.
             text: the frame's column with the texts.
-            **options: of `TaskOptions`: ``template``, ``examples``, ``calibrate`` (neutral texts, one or a list),
+            **options: of `PromptOptions`: ``template``, ``examples``, ``calibrate`` (neutral texts, one or a list),
                 ``chat``, ``system``, ``length``.
 
         Returns:
@@ -191,7 +215,7 @@ class Runtime:
             3
         """
         session, loop = self._need()
-        wanted = _task_options(labels, options)
+        wanted = task_options(labels, options)
         if library_of(texts):
             check_frame(texts, wanted.labels)
             results = loop.run(_classify(session, texts_of(texts, text), wanted))
@@ -200,7 +224,19 @@ class Runtime:
             return loop.run(_classify(session, _strings(texts), wanted))
         return loop.iterate(_stream(session, texts, wanted))
 
-    async def aclassify(self, texts: Any, labels: Sequence[str], *, text: str = "text", **options: Any) -> Any:
+    @overload
+    async def aclassify(
+        self, texts: Sequence[str], labels: Sequence[str], *, text: str = "text", **options: Unpack[PromptOptions]
+    ) -> list[Classification]: ...
+
+    @overload
+    async def aclassify(
+        self, texts: object, labels: Sequence[str], *, text: str = "text", **options: Unpack[PromptOptions]
+    ) -> Any: ...
+
+    async def aclassify(
+        self, texts: object, labels: Sequence[str], *, text: str = "text", **options: Unpack[PromptOptions]
+    ) -> Any:
         """`classify` for a caller with an event loop: lists and frames. For iterators there is `astream`.
 
         Example:
@@ -211,7 +247,7 @@ class Runtime:
             ['politics', 'sport']
         """
         session, loop = self._need()
-        wanted = _task_options(labels, options)
+        wanted = task_options(labels, options)
         if library_of(texts):
             check_frame(texts, wanted.labels)
             results = await loop.start(_classify(session, texts_of(texts, text), wanted))
@@ -219,7 +255,7 @@ class Runtime:
         return await loop.start(_classify(session, _strings(texts), wanted))
 
     def astream(
-        self, texts: Iterable[str] | AsyncIterable[str], labels: Sequence[str], **options: Any
+        self, texts: Iterable[str] | AsyncIterable[str], labels: Sequence[str], **options: Unpack[PromptOptions]
     ) -> AsyncIterator[Classification]:
         """`classify` of an iterator for a caller with an event loop: results come in the order of the texts.
 
@@ -236,7 +272,7 @@ class Runtime:
         wrong = is_frame(texts) or isinstance(texts, str | bytes | Mapping | Set)
         if wrong or not isinstance(texts, Iterable | AsyncIterable):
             raise OptionError(f"texts: an iterator of strings is needed, not {type(texts).__name__}")
-        return loop.aiterate(_stream(session, texts, _task_options(labels, options)))
+        return loop.aiterate(_stream(session, texts, task_options(labels, options)))
 
     def classify_file(
         self,
@@ -252,7 +288,7 @@ class Runtime:
         restart: bool = False,
         overwrite: bool = False,
         on_progress: OnProgress | None = None,
-        **options: Any,
+        **options: Unpack[PromptOptions],
     ) -> JobResult:
         """A job: labels the rows of a file; what ``asyncep classify`` does.
 
@@ -285,7 +321,7 @@ class Runtime:
         """
         session, loop = self._need()
         rows = RowSource(Path(source), text, gold, tuple(keep), limit, shard)
-        spec = JobSpec(rows, Path(output), _task_options(labels, options), restart=restart, overwrite=overwrite)
+        spec = JobSpec(rows, Path(output), task_options(labels, options), restart=restart, overwrite=overwrite)
         return loop.run(run_job(spec, session, on_progress=on_progress))
 
     # Scores
@@ -345,7 +381,7 @@ class Runtime:
         work = session.score(query, items, label_token_ids, apply_softmax=apply_softmax, item_first=item_first)
         return await loop.start(work)
 
-    def rerank(self, query: str, documents: Sequence[str], **options: Any) -> list[Ranked]:
+    def rerank(self, query: str, documents: Sequence[str], **options: Unpack[RerankOptions]) -> list[Ranked]:
         """Documents by how probable it is that the model calls them relevant to the query.
 
         Args:
@@ -368,7 +404,7 @@ class Runtime:
         session, loop = self._need()
         return loop.run(session.rerank(query, documents, **options))
 
-    async def arerank(self, query: str, documents: Sequence[str], **options: Any) -> list[Ranked]:
+    async def arerank(self, query: str, documents: Sequence[str], **options: Unpack[RerankOptions]) -> list[Ranked]:
         """`rerank` for a caller with an event loop.
 
         Example:
@@ -459,17 +495,6 @@ def _strings(texts: Any) -> Sequence[str]:
     if isinstance(texts, str | bytes) or not isinstance(texts, Sequence):
         raise OptionError(f"texts: a list of strings or a frame is needed, not {type(texts).__name__}")
     return texts
-
-
-def _task_options(labels: Sequence[str], options: dict[str, Any]) -> TaskOptions:
-    known = set(TaskOptions.__dataclass_fields__) - {"labels"}
-    if unknown := sorted(set(options) - known):
-        raise OptionError(f"{unknown[0]}: no such option; there are {', '.join(sorted(known))}")
-    if isinstance(options.get("calibrate"), str):
-        options = {**options, "calibrate": (options["calibrate"],)}
-    wanted = TaskOptions(tuple(labels), **options)
-    wanted.check()
-    return wanted
 
 
 def _key(argument: str, given: str | None, variable: str) -> str | None:

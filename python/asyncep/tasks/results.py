@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+class _Plain:
+    """An answer that can be written as JSON."""
+
+    __slots__ = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The attributes by name, as plain data."""
+        return asdict(self)  # type: ignore[call-overload, no-any-return]  # those that inherit are dataclasses
 
 
 @dataclass(frozen=True, slots=True)
-class Classification:
+class Classification(_Plain):
     """One text's answer.
 
     Attributes:
@@ -32,7 +43,7 @@ class Classification:
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class Score(_Plain):
     """One item's answer.
 
     Attributes:
@@ -48,7 +59,7 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class Ranked:
+class Ranked(_Plain):
     """One document's place.
 
     Attributes:
@@ -65,7 +76,7 @@ class Ranked:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenLogProbs:
+class TokenLogProbs(_Plain):
     """One prompt's answer.
 
     Attributes:

@@ -6,6 +6,9 @@ import contextlib
 import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
+
+from typing_extensions import Unpack
 
 from asyncep.client.errors import OptionError
 from asyncep.client.generate import Behind, GenerateClient, ServerApi
@@ -14,6 +17,7 @@ from asyncep.client.probes import Answerer
 from asyncep.client.scorer import Scorer
 from asyncep.client.server_facts import ServerFacts, ask_server
 from asyncep.client.tokens import TextTokens, chat_surroundings, tokens_for
+from asyncep.tasks.arguments import as_declared, refuse_unknown
 from asyncep.tasks.frames import listed
 from asyncep.tasks.results import Classification, Ranked, Score, TokenLogProbs
 from asyncep.tasks.scoring import offsets_of
@@ -21,6 +25,19 @@ from asyncep.tasks.task import Task, TaskOptions
 from asyncep.tasks.template import Template
 
 RERANK_TEMPLATE = "Query: {query}\n\nDocument: {document}\n\nIs the document relevant to the query, yes or no?\nAnswer:"
+
+
+class RerankOptions(TypedDict, total=False):
+    """Keyword arguments of `Runtime.rerank`.
+
+    ``template``: with ``{query}`` and, once, ``{document}``. ``answers``: the words for relevant and not (default
+    ``("yes", "no")``). ``top_n``: how many to return (default all). ``chat``: the model's chat format.
+    """
+
+    template: str
+    answers: tuple[str, str]
+    top_n: int | None
+    chat: bool
 
 
 @dataclass(frozen=True)
@@ -94,17 +111,12 @@ class Session:
         found = await self.scorer.score(await self._ids(prompts), _one_token_each(label_token_ids, "label_token_ids"))
         return [_score(scores, apply_softmax) for scores in found]
 
-    async def rerank(
-        self,
-        query: str,
-        documents: Sequence[str],
-        *,
-        template: str = RERANK_TEMPLATE,
-        answers: tuple[str, str] = ("yes", "no"),
-        top_n: int | None = None,
-        chat: bool = False,
-    ) -> list[Ranked]:
+    async def rerank(self, query: str, documents: Sequence[str], **options: Unpack[RerankOptions]) -> list[Ranked]:
         """See `Runtime.rerank`."""
+        refuse_unknown(options, RerankOptions)
+        options = as_declared(options, RerankOptions)
+        template, chat = options.get("template", RERANK_TEMPLATE), options.get("chat", False)
+        answers, top_n = options.get("answers", ("yes", "no")), options.get("top_n")
         if template.count("{document}") != 1 or "{query}" not in template:
             raise OptionError("template: {document} is needed once and {query} at least once")
         head, tail = template.split("{document}")

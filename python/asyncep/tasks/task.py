@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 from asyncep.client.errors import OptionError
 from asyncep.client.labels import LabelScores, LabelSet, Length
@@ -47,6 +48,17 @@ class TaskOptions:
                 raise OptionError(f"examples: {text[:40]!r} has the label {label!r}, which is not among the labels")
         if self.system is not None and not self.chat:
             raise OptionError("system: only a chat has a system message; give chat=True too")
+
+
+class PromptOptions(TypedDict, total=False):
+    """The same as keyword arguments, the labels apart; see `TaskOptions`. ``calibrate`` may be one text."""
+
+    template: str
+    examples: Sequence[tuple[str, str]]
+    calibrate: str | Sequence[str]
+    chat: bool
+    system: str | None
+    length: Length
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,12 @@ import httpx
 import pandas
 import polars
 import psutil
+import public_api_program
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import asyncep
 from asyncep import Runtime
 from asyncep.cli import main
 from asyncep.client.errors import OptionError
@@ -286,6 +288,25 @@ def test_examples_of_the_docstrings(runtime: Runtime, tmp_path: Path, monkeypatc
         runner.run(test)
     assert runner.tries >= 8
     assert runner.failures == 0
+
+
+def test_a_users_program(runtime: Runtime, tmp_path: Path) -> None:
+    assert len(public_api_program.classified(runtime)) == 6
+    scores, ranked, logs = public_api_program.asked(runtime)
+    assert [len(scores), len(ranked), len(logs)] == [2, 1, 1]
+    assert [answer.error for answer in asyncio.run(public_api_program.awaited(runtime))] == [None] * 4
+    assert public_api_program.job(runtime, tmp_path).summary.rows == 2
+    assert "labels: at least two" in public_api_program.refused(runtime)
+    assert repr(runtime).startswith("<Runtime.connect(" if runtime.url in repr(runtime) else "<Runtime(")
+    plain = [json.loads(json.dumps(answer.to_dict())) for answer in (*scores, *ranked, *logs)]
+    assert all("error" in each for each in plain)
+
+
+def test_everything_public_is_there() -> None:
+    assert all(getattr(asyncep, name) is not None for name in asyncep.__all__)
+    assert set(asyncep.__all__) <= set(dir(asyncep))
+    with pytest.raises(AttributeError, match="no attribute 'Runtimes'"):
+        _ = asyncep.Runtimes  # type: ignore[attr-defined]
 
 
 def test_examples_of_the_page(runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

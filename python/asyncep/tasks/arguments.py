@@ -1,0 +1,94 @@
+"""Arguments of a Python caller, checked against the types that are declared: a wrong one is refused by its name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from asyncep.client.errors import OptionError
+from asyncep.tasks.frames import listed
+from asyncep.tasks.task import PromptOptions, TaskOptions
+
+_Declared = TypeVar("_Declared")
+_NEEDED = {
+    "array": "a list",
+    "str": "a string",
+    "bool": "True or False",
+    "int": "a whole number",
+    "float": "a number",
+    "null": "None",
+}
+_PLACE = re.compile(r"(?P<what>.*?)(?: - at `\$\.?(?P<where>.*)`)?")
+_EXPECTED = re.compile(r"Expected `([^`]+)`(.*?), got `?([^`]+)`?")
+
+
+def task_options(labels: Any, options: PromptOptions) -> TaskOptions:
+    """What was asked, whole.
+
+    Args:
+        labels: a list, an array or a column of strings, at least two.
+        options: see `TaskOptions`; ``calibrate`` may be one text.
+
+    Raises:
+        OptionError: an argument has another type, or a value that cannot be used; it is named.
+    """
+    given: dict[str, Any] = {**options}
+    refuse_unknown(given, PromptOptions)
+    calibrate = given.get("calibrate", ())
+    given["calibrate"] = [calibrate] if isinstance(calibrate, str) else _plain("calibrate", calibrate)
+    wanted = as_declared({**given, "labels": _plain("labels", labels)}, TaskOptions)
+    wanted.check()
+    return wanted
+
+
+def refuse_unknown(values: Mapping[str, Any], kind: type) -> None:
+    """Refuses a keyword argument that there is not.
+
+    Raises:
+        OptionError: names it, and those that there are.
+    """
+    known = kind.__annotations__
+    if unknown := sorted(set(values) - set(known)):
+        raise OptionError(f"{unknown[0]}: no such option; there are {', '.join(sorted(known))}")
+
+
+def as_declared(values: Mapping[str, Any], kind: type[_Declared]) -> _Declared:
+    """A dataclass or typed dictionary made of values that have its fields' types.
+
+    Raises:
+        OptionError: one has not; names it, and the entry of a list.
+    """
+    try:
+        return msgspec.convert(values, kind, strict=True)
+    except msgspec.ValidationError as error:
+        raise OptionError(_named(str(error))) from None
+    except (TypeError, ValueError, RecursionError) as error:  # an object that is no plain data, or has no end
+        raise OptionError(f"{_odd_one(values)}: {error}") from None
+
+
+def _plain(argument: str, values: Any) -> list[Any]:
+    found = listed(argument, values)
+    # numpy's strings are strings of its own.
+    return [str(value) if isinstance(value, str) else value for value in found]
+
+
+def _odd_one(values: Mapping[str, Any]) -> str:
+    for name, value in values.items():
+        try:
+            msgspec.to_builtins(value)
+        except Exception:
+            return name
+    return ", ".join(values)
+
+
+def _named(message: str) -> str:
+    """msgspec's words in those of a Python caller."""
+    parts = _PLACE.fullmatch(message)
+    what, where = (parts["what"], parts["where"] or "arguments") if parts else (message, "arguments")
+    if expected := _EXPECTED.fullmatch(what):
+        needed = " or ".join(_NEEDED.get(one, one) for one in expected[1].split(" | "))
+        return f"{where}: {needed}{expected[2]} is needed, not {expected[3]}"
+    return f"{where}: {what[0].lower()}{what[1:]}"

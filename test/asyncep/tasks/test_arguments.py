@@ -1,0 +1,102 @@
+"""Whatever a Python caller gives: it is used as meant, or refused by its name before anything is computed."""
+
+from __future__ import annotations
+
+import decimal
+import math
+from dataclasses import fields
+from typing import Any
+
+import numpy
+import pandas
+import polars
+import pyarrow
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncep.client.errors import OptionError
+from asyncep.tasks.arguments import task_options
+from asyncep.tasks.task import PromptOptions, TaskOptions
+
+NAMES = sorted(PromptOptions.__annotations__)
+ODD = [
+    *(None, True, 0, 1.5, math.nan, 10**400, decimal.Decimal(1), object(), int, len),
+    *(
+        "",
+        "sport",
+        b"sport",
+        "\ud83d",
+        [],
+        [None],
+        [1, 2],
+        ["a"],
+        ["a", "b"],
+        ("a", "b"),
+        ["a", "\ud83d"],
+        [["a", "b"]],
+    ),
+    *([["a", "b"]], [("x", "a")], [("x", "a", "b")], [("x", 5)], {"a", "b"}, {"a": 1}, {}, iter("ab"), range(2)),
+    *(numpy.array(["a", "b"]), numpy.array([1, 2]), numpy.array([["a"]]), numpy.float64(1)),
+    *(pandas.Series(["a", "b"]), pandas.DataFrame({"a": ["b"]}), polars.Series(["a", "b"]), pyarrow.array(["a", "b"])),
+]
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+
+
+def tried(name: str, value: Any) -> TaskOptions | None:
+    """The options, or None where the argument was refused by its name."""
+    labels, options = (value, {}) if name == "labels" else (["a", "b"], {name: value})
+    refused = ""
+    try:
+        return task_options(labels, options)  # type: ignore[arg-type]
+    except OptionError as error:
+        refused = str(error)
+    assert refused.startswith(name), refused
+    assert "$" not in refused
+    assert "`" not in refused
+    return None
+
+
+def test_the_keywords_are_the_options() -> None:
+    assert set(NAMES) == {field.name for field in fields(TaskOptions)} - {"labels"}
+
+
+@pytest.mark.parametrize("name", ["labels", *NAMES])
+def test_odd_arguments(name: str) -> None:
+    for value in ODD:
+        found = tried(name, value)
+        if found is not None and name in ("labels", "calibrate"):
+            assert all(isinstance(text, str) for text in getattr(found, name))
+
+
+@given(name=st.sampled_from(["labels", *NAMES]), value=anything)
+def test_any_argument(name: str, value: Any) -> None:
+    tried(name, value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        ("sport", {}, "labels: a list is needed, not str"),
+        (["a", 5], {}, r"labels\[1\]: a string is needed, not int"),
+        (numpy.array([1, 2]), {}, r"labels\[0\]: a string is needed, not numpy.int64"),
+        (["a", "b"], {"template": 5}, "template: a string is needed, not int"),
+        (["a", "b"], {"chat": "yes"}, "chat: True or False is needed, not str"),
+        (["a", "b"], {"system": 5}, "system: a string or None is needed, not int"),
+        (["a", "b"], {"length": "max"}, "length: invalid enum value 'max'"),
+        (["a", "b"], {"examples": [("x",)]}, r"examples\[0\]: a list of length 2 is needed, not 1"),
+        (["a", "b"], {"exampels": []}, "exampels: no such option; there are calibrate, chat, examples, length"),
+    ],
+)
+def test_what_is_said(labels: Any, options: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        task_options(labels, options)
+
+
+@pytest.mark.parametrize("labels", [numpy.array(["a", "b"]), pandas.Series(["a", "b"]), polars.Series(["a", "b"])])
+def test_columns_of_labels_are_lists(labels: Any) -> None:
+    assert list(task_options(labels, {}).labels) == ["a", "b"]
