@@ -50,8 +50,17 @@ INFERENCE = (
     "/vertex_generate",
 )
 """Endpoints that read a prompt: what goes wrong before a rank has it is the request's fault."""
-_CLIENT = (
+QUESTIONS = (
     "/v1/models",
+    "/model_info",
+    "/get_model_info",
+    "/server_info",
+    "/get_server_info",
+    "/v1/loads",
+)
+"""Questions to the server: what goes wrong with parameters in the URL is the request's fault."""
+_CLIENT = (
+    *QUESTIONS,
     "/v1/models/{}",
     "/v1/files",
     "/v1/files/{}",
@@ -59,11 +68,6 @@ _CLIENT = (
     "/v1/batches",
     "/v1/batches/{}",
     "/v1/batches/{}/cancel",
-    "/model_info",
-    "/get_model_info",
-    "/server_info",
-    "/get_server_info",
-    "/v1/loads",
     "/asyncep/status",
     "/router/state",
     "/openapi.json",

@@ -18,7 +18,7 @@ from asyncep_sgl.front.access import AccessGate, Policy, is_local
 from asyncep_sgl.front.asgi import error_body
 from asyncep_sgl.front.bodies import BodyGate, Held
 from asyncep_sgl.front.connections import limit_connections
-from asyncep_sgl.front.endpoints import DECODING, INFERENCE, shown_in_schema
+from asyncep_sgl.front.endpoints import DECODING, INFERENCE, QUESTIONS, shown_in_schema
 from asyncep_sgl.front.invalid import answer_invalid
 from asyncep_sgl.front.mistakes import MistakesGate
 from asyncep_sgl.front.passage import caller
@@ -62,7 +62,7 @@ def guard(app: FastAPI, options: FrontSettings, policy: Policy, *, context: int)
     app.user_middleware[:] = kept
     one_prompt = min(options.max_body_bytes, _JSON_BYTES * options.prompt_chars(context) + _AROUND)
     app.add_middleware(SecretsGate)
-    app.add_middleware(MistakesGate, paths=frozenset((*INFERENCE, *DECODING)))
+    app.add_middleware(MistakesGate, paths=frozenset((*INFERENCE, *DECODING)), questions=frozenset(QUESTIONS))
     app.add_middleware(ShapeGate, paths=frozenset((*INFERENCE, *DECODING)), most_values=options.max_logprobs)
     app.add_middleware(
         BodyGate,

@@ -37,14 +37,16 @@ class MistakesGate:
 
     Attributes:
         paths: of the endpoints that read prompts.
+        questions: of endpoints of SGLang that read parameters from the URL. Without any, an error is the server's.
     """
 
     app: ASGIApp
     paths: Collection[str]
+    questions: Collection[str] = ()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
-        if scope["type"] != "http" or scope["path"].rstrip("/") not in self.paths:
+        if not self._reads(scope):
             await self.app(scope, receive, send)
             return
         this = Passage()
@@ -63,6 +65,12 @@ class MistakesGate:
             await refuse(send, Refusal(400, without_sources(f"the request cannot be read: {_described(error)}")))
         finally:
             passage.reset(token)
+
+    def _reads(self, scope: Scope) -> bool:
+        if scope["type"] != "http":
+            return False
+        path = scope["path"].rstrip("/")
+        return path in self.paths or (path in self.questions and bool(scope["query_string"]))
 
 
 class _Reply:

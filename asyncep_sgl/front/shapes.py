@@ -174,8 +174,8 @@ def _check_nodes(name: str, value: Any, most: int) -> None:
 
 
 def _nodes(value: Any) -> Iterator[Any]:
-    """Everything in an object or a list, however deep."""
-    left = [value]
+    """Everything in an object or a list, however deep; nothing in anything else."""
+    left = [value] if isinstance(value, list | dict) else []
     while left:
         holder = left.pop()
         for entry in holder.values() if isinstance(holder, dict) else holder:
@@ -185,7 +185,7 @@ def _nodes(value: Any) -> Iterator[Any]:
 
 
 def _check_tools(value: Any) -> None:
-    for entry in chain([value], _nodes(value) if isinstance(value, list | dict) else ()):
+    for entry in chain([value], _nodes(value)):
         if isinstance(entry, list) and len(entry) > _COMPARED:
             kinds = set(map(type, entry))
             if len(kinds) > 1 or kinds & {list, dict}:

@@ -42,6 +42,7 @@ async def _call(gate: Gate, parts: list[bytes], path: str = "/generate", **more:
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": path, "headers": more.get("headers", [])}
+    scope["query_string"] = more.get("query", b"")
     await gate(scope, receive, send)
     body = b"".join(message.get("body", b"") for message in sent[1:])
     return sent[0]["status"], orjson.loads(body) if body else None
@@ -159,6 +160,17 @@ def test_what_fails_before_a_rank_has_it_is_the_requests_fault(error: Exception)
     assert type(error).__name__ in body["error"]["message"]
     with pytest.raises(type(error)):
         asyncio.run(_call(MistakesGate(_raising(error, sent=True), _OURS), [b""]))
+
+
+def test_a_question_without_parameters_that_fails_is_the_servers_fault() -> None:
+    async def app(*_: Any) -> None:
+        raise ValueError("Invalid include sections")
+
+    gate = MistakesGate(app, (), ("/v1/loads",))
+    status, body = asyncio.run(_call(gate, [b""], "/v1/loads", query=b"include=null"))
+    assert (status, "Invalid include" in body["error"]["message"]) == (400, True)
+    with pytest.raises(ValueError, match="Invalid include"):
+        asyncio.run(_call(gate, [b""], "/v1/loads"))
 
 
 def test_errors_that_sglang_answers_are_told_apart() -> None:

@@ -13,7 +13,7 @@ from fastapi import Body, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sglang.srt.entrypoints import http_server
 
@@ -58,6 +58,26 @@ def test_what_endpoints_take_passes(fields: dict[str, Any]) -> None:
 def test_lists_of_any_size_pass_where_their_types_are_right(prompts: int, tokens: int, name: str) -> None:
     check_fields({name: [[3] * tokens] * prompts}, VALUES, "/generate")
     check_fields({name: [3] * prompts, "text": ["a"] * prompts, "rid": ["r"] * tokens}, VALUES, "/generate")
+
+
+# Any JSON, with the names that are looked for at any depth.
+_ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from([*_LONG, *_MANY, "tools", "content", "role", "x"]), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*_LONG, *_MANY, "tools"]), _ANY, max_size=4), st.sampled_from(INFERENCE))
+@example({"messages": [{"tools": None}]}, "/v1/chat/completions")
+def test_any_json_is_passed_on_or_refused(fields: dict[str, Any], path: str) -> None:
+    try:
+        check_fields(fields, VALUES, path)
+    except ValueError as error:
+        assert str(error)
 
 
 HOSTILE: list[tuple[Any, str]] = [
