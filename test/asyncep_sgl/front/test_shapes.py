@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import time
 from typing import Annotated, Any
@@ -74,10 +75,8 @@ _ANY = st.recursive(
 @given(st.dictionaries(st.sampled_from([*_LONG, *_MANY, "tools"]), _ANY, max_size=4), st.sampled_from(INFERENCE))
 @example({"messages": [{"tools": None}]}, "/v1/chat/completions")
 def test_any_json_is_passed_on_or_refused(fields: dict[str, Any], path: str) -> None:
-    try:
+    with contextlib.suppress(ValueError):
         check_fields(fields, VALUES, path)
-    except ValueError as error:
-        assert str(error)
 
 
 HOSTILE: list[tuple[Any, str]] = [
