@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +56,33 @@ QWEN3_TINY: dict[str, Any] = {
 }
 
 
-def random_qwen3(name: str, config: dict[str, Any]) -> Path:
-    """The checkpoint's folder (bf16, seed 0)."""
-    cache = Path(os.environ.get("ASYNCEP_CACHE") or Path.home() / ".cache" / "asyncep")
-    folder = cache / "bench-models" / name
-    if not (folder / "config.json").exists():
+def random_qwen3(name: str, config: dict[str, Any], also: Callable[[Path], None] | None = None) -> Path:
+    """The checkpoint's folder (bf16, seed 0); ``also`` adds what belongs into it."""
+
+    def make(folder: Path) -> None:
         import torch
         from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(Qwen3MoeConfig(**config), dtype=torch.bfloat16).save_pretrained(folder)
+        if also is not None:
+            also(folder)
+
+    return _made_once(name, make)
+
+
+def _made_once(name: str, make: Callable[[Path], None]) -> Path:
+    """A folder of the user's cache; made under another name first, by one of the processes that want it at once."""
+    cache = Path(os.environ.get("ASYNCEP_CACHE") or Path.home() / ".cache" / "asyncep")
+    folder = cache / "bench-models" / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+                made = Path(place) / name
+                make(made)
+                made.rename(folder)
     return folder
 
 
@@ -71,9 +91,7 @@ def word_tokenizer(vocabulary: int) -> tuple[Any, Path]:
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
-    cache = Path(os.environ.get("ASYNCEP_CACHE") or Path.home() / ".cache" / "asyncep")
-    folder = cache / "bench-models" / f"tokenizer-{vocabulary}"
-    if not (folder / "tokenizer_config.json").exists():
+    def make(folder: Path) -> None:
         trained = ByteLevelBPETokenizer()
         special = ["<pad>", "<s>", "</s>"]
         files = [str(path) for path in sorted(Path(__file__).parent.glob("*.py"))]
@@ -81,4 +99,6 @@ def word_tokenizer(vocabulary: int) -> tuple[Any, Path]:
         PreTrainedTokenizerFast(
             tokenizer_object=trained._tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
         ).save_pretrained(folder)
+
+    folder = _made_once(f"tokenizer-{vocabulary}", make)
     return PreTrainedTokenizerFast.from_pretrained(folder), folder

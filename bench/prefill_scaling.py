@@ -120,7 +120,7 @@ def plot(points: list[Point], path: Path) -> None:
         lowest, highest = (1e3 * end(p.best for p in chosen) for end in (min, max))
         # Five round figures: a logarithmic axis would label all or none.
         round_ones = sorted({float(f"{value:.2g}") for value in np.geomspace(lowest, highest, 5)})
-        axis.set_yticks(round_ones, [f"{value:,.0f}" for value in round_ones])
+        axis.set_yticks(round_ones, [f"{value:,g}" for value in round_ones])
         axis.set_yticks([], minor=True)
         axis.legend()
     figure.tight_layout()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -56,6 +57,7 @@ def write(name: str, *, seed: int, raw: Any, claims: Iterable[Claim], path: Path
         "machine": machine(),
         "versions": {package: version(package) for package in ("asyncep-sgl", "sglang", "torch", "transformers")},
         "python": platform.python_version(),
+        "quick": "--quick" in sys.argv,
         "seed": seed,
         "raw": raw,
         "claims": [{**asdict(claim), "holds": claim.holds} for claim in claims],

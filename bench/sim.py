@@ -4,7 +4,7 @@
 
 Prints tables beside the papers' figures, writes `bench/out/sim.json` and `bench/out/sim-*.png`. `--plot FILE` draws the
 pictures of an earlier record again and runs nothing. The same seed gives the same figures on every machine, times
-that the simulation itself takes apart. `docs/results/simulator.md` has the model and its assumptions.
+that the simulation itself takes apart. `docs/internals/simulator.md` has the model and its assumptions.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small part of everything, under a minute")
     parser.add_argument("--scale", type=float, help="share of the real mix's requests (default 0.3; quick: 0.03)")
     parser.add_argument(
-        "--calibration", type=Path, help="measured figures of devices and links, see docs/results/simulator.md"
+        "--calibration", type=Path, help="measured figures of devices and links, see docs/internals/simulator.md"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the pictures of this record again, run nothing")
     options = parser.parse_args()

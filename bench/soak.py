@@ -77,8 +77,9 @@ async def soaked(both: Stand, args: argparse.Namespace) -> tuple[dict[str, Any],
         settled_at = watch.seconds()
         late = Attack(both, feed, in_flight=_HOSTILE, most_ends=3)
         tallies += await stretch(both, late, load, args.seconds - settled)
+        loaded_until = watch.seconds()
         after = await quiet_descriptors(both, quiet, look)
-    growths = {name: growth(series, settled_at) for name, series in watch.series.items()}
+    growths = {name: growth(series, settled_at, loaded_until) for name, series in watch.series.items()}
     worst = max((value for value in growths.values() if value is not None), default=0.0)
     failed = sum(tally[what] for tally in tallies for what in ("wrong", "refused", "lost"))
     score = {"sent": early.score.sent + late.score.sent, "deaths": early.score.deaths + late.score.deaths}

@@ -10,10 +10,18 @@ import pytest
 import tiny_models
 from server import Server, start_asyncep, start_stock
 
-# Tests of these files leave marks on the whole machine that others of them look for: stock SGLang leaves names in
-# /dev/shm. They run one after the other where the rest runs in two processes.
+# Stock SGLang leaves names in /dev/shm. Files that start it, and those that look there for what is left, run one after
+# the other where the rest runs in two processes.
 ONE_AFTER_THE_OTHER = frozenset(
-    {"test_one_server.py", "test_http_stock.py", "test_processes.py", "test_faults.py", "test_store.py"}
+    {
+        "test_against_a_server.py",
+        "test_faults.py",
+        "test_http_stock.py",
+        "test_one_server.py",
+        "test_processes.py",
+        "test_quick_modes.py",
+        "test_store.py",
+    }
 )
 
 # How long an example takes depends on what else the machine does.

@@ -9,6 +9,9 @@ from asyncep_sgl.config.flags import setting
 # Of text that is no attack. A run of 32 blanks is a token too.
 _CHARS_A_TOKEN = 32
 
+# Seconds that the kernel can count in milliseconds in 31 bits (TCP_USER_TIMEOUT).
+_LONGEST = 2_147_483
+
 
 @dataclass(frozen=True)
 class FrontSettings:
@@ -33,9 +36,15 @@ class FrontSettings:
         least=1,
     )
     max_connections: int = setting(4096, "N", "open connections; further ones are answered 503 and closed", least=1)
-    header_timeout_secs: float = setting(10.0, "S", "time a client has to send a request's headers", least=0.1)
-    body_timeout_secs: float = setting(30.0, "S", "longest pause in sending a body, or in taking an answer", least=0.1)
-    keep_alive_timeout_secs: int = setting(75, "S", "time after which an unused connection is closed", least=1)
+    header_timeout_secs: float = setting(
+        10.0, "S", "time a client has to send a request's headers", least=0.1, most=_LONGEST
+    )
+    body_timeout_secs: float = setting(
+        30.0, "S", "longest pause in sending a body, or in taking an answer", least=0.1, most=_LONGEST
+    )
+    keep_alive_timeout_secs: int = setting(
+        75, "S", "time after which an unused connection is closed", least=1, most=_LONGEST
+    )
     cors_origins: tuple[str, ...] = setting(
         (), "URL", "origins whose pages may call the server from a browser (default none)"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,11 @@ from asyncep_sgl.router.state import router_state
 from asyncep_sgl.strategies import registry
 from asyncep_sgl.strategies.base import FrontPlace
 
+logger = logging.getLogger(__name__)
+
 _Answer = TypeVar("_Answer")
+# After which a client may ask a silent process again.
+_RETRY_SECONDS = 2
 # Requests of batches under way for each rank. The router lets others pass them; without it an interactive request
 # waits behind those that are there.
 _BATCH_REQUESTS_ROUTED = 64
@@ -164,7 +169,9 @@ def _serve(arguments: list[str], config: AsyncEPConfig, door: Door) -> None:
         ),
     )
     app.add_middleware(Drain, finish=drained)
-    app.add_api_route("/asyncep/status", lambda: _or_503(status), methods=["GET"])
+    app.add_api_route(
+        "/asyncep/status", lambda: _or_503(status), methods=["GET"], name="status", description=status.__doc__
+    )
     url = f"http://{host}:{server_args.port}"
 
     def serving() -> None:
@@ -190,8 +197,13 @@ def _or_503(question: Callable[[], _Answer]) -> _Answer | Response:
     """The answer of another process of this server, or a 503 that says that there is none."""
     try:
         return question()
-    except (TimeoutError, StoreError) as error:
-        return Response(error_body(503, str(error)), 503, media_type="application/json")
+    except TimeoutError as error:
+        silent = str(error)
+    except StoreError as error:
+        logger.warning("%s", error)  # it names the socket, which is no client's to know
+        silent = "the launcher does not answer"
+    headers = {"retry-after": str(_RETRY_SECONDS)}
+    return Response(error_body(503, silent), 503, headers=headers, media_type="application/json")
 
 
 def _metrics(

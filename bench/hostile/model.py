@@ -16,9 +16,10 @@ _CHAT = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor 
 def hostile_model() -> Path:
     """The checkpoint's folder, built on first use."""
     config = {**QWEN3_TINY, "initializer_range": _SPREAD, "max_position_embeddings": CONTEXT}
-    folder = random_qwen3("hostile-tiny", config)
-    if not (folder / "tokenizer_config.json").exists():
+
+    def with_tokenizer(folder: Path) -> None:
         tokenizer, _ = word_tokenizer(VOCABULARY)
         tokenizer.chat_template = _CHAT
         tokenizer.save_pretrained(folder)
-    return folder
+
+    return random_qwen3("hostile-chat", config, with_tokenizer)

@@ -142,14 +142,15 @@ class Lateness(Beside):
                 self.stops.append((round(at - self._began, 1), round(late, 2)))
 
 
-def growth(series: Sequence[Sample], settled: float, share: float = 0.15) -> float | None:
+def growth(series: Sequence[Sample], settled: float, until: float = float("inf"), share: float = 0.15) -> float | None:
     """Memory at the end over memory once settled, as a ratio less one; medians of stretches, since samples jump.
 
     Args:
         settled: seconds after which a process is to have all that it needs.
+        until: seconds up to which there was load; an idle process is no measure of one that works.
         share: of the time after, at its beginning and at its end, that is compared.
     """
-    after = [sample for sample in series if sample.seconds >= settled]
+    after = [sample for sample in series if settled <= sample.seconds <= until]
     if len(after) < 4:
         return None
     count = max(2, int(len(after) * share))

@@ -39,6 +39,7 @@ _COMMANDS = {
 }
 _KEY, _ADMIN_KEY = "ASYNCEP_API_KEY", "ASYNCEP_ADMIN_API_KEY"
 _LOCAL = "127.0.0.1"
+_LAST_PORT = 65535
 _STOP_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1
 
@@ -77,6 +78,9 @@ def parse(arguments: Sequence[str]) -> LaunchOptions:
         raise ConfigError(f"{stray[0]}: no such flag of the router")
     if known.router_workers < 1:
         raise ConfigError(f"--router-workers {known.router_workers}: must be at least 1")
+    first, last = known.router_dp_worker_base_port, known.router_dp_worker_base_port + known.router_workers - 1
+    if not 1 <= first <= last <= _LAST_PORT:
+        raise ConfigError(f"--router-dp-worker-base-port {first}: ports {first} to {last} must lie in 1 to 65535")
     key, admin_key = key_from(known.api_key, _KEY), key_from(known.admin_api_key, _ADMIN_KEY)
     # The servers, which only the router talks to, need not know the clients of a key file.
     server_key = secrets.token_hex(32) if known.api_key_file and key is None else key
@@ -85,7 +89,7 @@ def parse(arguments: Sequence[str]) -> LaunchOptions:
     # Stock SGLang takes keys on its command line only.
     own = [word for flag, _, value in named if stock and value is not None for word in (flag, value)]
     environment = {} if stock else {name: value for _, name, value in named if value is not None}
-    ports = [known.router_dp_worker_base_port + index for index in range(known.router_workers)]
+    ports = range(first, last + 1)
     commands = tuple(
         (
             *_COMMANDS[known.router_worker_command],

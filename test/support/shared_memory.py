@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -44,11 +45,14 @@ def _of_others(wanted: set[str]) -> set[str]:
 def _used_by(pid: int) -> set[str]:
     found: set[str] = set()
     folder = Path("/proc", str(pid))
-    try:
-        paths = [line.split(maxsplit=5)[-1] for line in (folder / "maps").read_text().splitlines()]
-        paths += [os.readlink(each) for each in (folder / "fd").iterdir()]
-    except OSError:
-        return found  # it has ended
+    paths: list[str] = []
+    # What ends meanwhile, the process or one of its descriptors, uses nothing any more.
+    with contextlib.suppress(OSError):
+        paths += [line.split(maxsplit=5)[-1] for line in (folder / "maps").read_text().splitlines()]
+    with contextlib.suppress(OSError):
+        for each in (folder / "fd").iterdir():
+            with contextlib.suppress(OSError):
+                paths.append(os.readlink(each))
     for path in paths:
         if path.startswith(f"{_FOLDER}/"):
             found.add(path.removeprefix(f"{_FOLDER}/").removesuffix(" (deleted)"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from asyncep.errors import CommandError
 
-class ServerError(RuntimeError):
+
+class ServerError(CommandError, RuntimeError):
     """The server cannot be reached or answers something else than it should."""
 
 

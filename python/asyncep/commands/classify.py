@@ -143,7 +143,10 @@ def _spec(options: argparse.Namespace) -> JobSpec:
             options.examples, text_field=options.text_field, gold_field=options.gold_field or "label"
         )
     template = _template_text(options.template)
-    Template.parse(template, labels, examples)
+    try:
+        Template.parse(template, labels, examples)
+    except TemplateError as error:
+        raise TemplateError(f"--{error}") from None
     source = RowSource(
         options.input,
         text_field=options.text_field,

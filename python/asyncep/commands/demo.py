@@ -40,8 +40,13 @@ def main(arguments: Sequence[str]) -> int:
         help="articles of each of the five topics (default 40)",
     )
     options = parser.parse_args(arguments)
+    if options.articles_per_topic < 1:
+        parser.error(f"--articles-per-topic {options.articles_per_topic}: at least 1 is needed")
     console = Console()
-    articles = sample_articles("evaluate", options.articles_per_topic)
+    try:
+        articles = sample_articles("evaluate", options.articles_per_topic)
+    except ValueError as error:
+        parser.error(f"--articles-per-topic {options.articles_per_topic}: {error}")
 
     console.rule("1. the model: SmolLM2-135M-Instruct as a Mixture-of-Experts")
     model = build_with_progress(None, "sparse", console)

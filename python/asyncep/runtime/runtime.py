@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from types import TracebackType
@@ -152,7 +153,7 @@ class Runtime:
         await asyncio.to_thread(self.close)
 
     def __repr__(self) -> str:
-        what = f"Runtime({self._model!r})" if self._model is not None else f"Runtime.connect({self._url!r})"
+        what = f"Runtime({self._model!r})" if self._model is not None else f"Runtime.connect({_shown(self._url)!r})"
         return f"<{what}, {'started' if self._stack is not None else 'not started'}>"
 
     @property
@@ -495,6 +496,11 @@ def _strings(texts: Any) -> Sequence[str]:
     if isinstance(texts, str | bytes) or not isinstance(texts, Sequence):
         raise OptionError(f"texts: a list of strings or a frame is needed, not {type(texts).__name__}")
     return texts
+
+
+def _shown(url: str | None) -> str:
+    """A URL without a password in it."""
+    return re.sub(r"//[^/@]*@", "//", url or "")
 
 
 def _key(argument: str, given: str | None, variable: str) -> str | None:

@@ -95,7 +95,7 @@ class Lane:
             cut.cached[request.rid] = request.found
             chains.append(request.chain)
             if limits.holds_back:
-                computing.update(request.chain)
+                computing.update(request.chain[request.found // limits.page :])
         self.queue.extendleft(reversed(held_back))
         if self.cache is not None:
             for chain in chains:

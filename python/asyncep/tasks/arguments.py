@@ -62,7 +62,7 @@ def as_declared(values: Mapping[str, Any], kind: type[_Declared]) -> _Declared:
         OptionError: one has not; names it, and the entry of a list.
     """
     try:
-        return msgspec.convert(values, kind, strict=True)
+        return msgspec.convert({name: _scalar(value) for name, value in values.items()}, kind, strict=True)
     except msgspec.ValidationError as error:
         raise OptionError(_named(str(error))) from None
     except (TypeError, ValueError, RecursionError) as error:  # an object that is no plain data, or has no end
@@ -73,6 +73,11 @@ def _plain(argument: str, values: Any) -> list[Any]:
     found = listed(argument, values)
     # numpy's strings are strings of its own.
     return [str(value) if isinstance(value, str) else value for value in found]
+
+
+def _scalar(value: Any) -> Any:
+    """Python's own number or truth value in the place of numpy's."""
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 else value
 
 
 def _odd_one(values: Mapping[str, Any]) -> str:

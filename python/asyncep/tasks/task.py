@@ -43,6 +43,7 @@ class TaskOptions:
         """
         if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
             raise OptionError(f"labels: at least two different ones are needed, not {list(self.labels)}")
+        Template.parse(self.template, list(self.labels))
         for text, label in self.examples:
             if label not in self.labels:
                 raise OptionError(f"examples: {text[:40]!r} has the label {label!r}, which is not among the labels")

@@ -6,12 +6,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from asyncep.client.errors import OptionError
+
 TEXT_PLACE = "{text}"
 LABELS_PLACE = "{labels}"
 DEFAULT = "Classify the text into one of these labels: {labels}.\n\nText: {text}\nLabel:"
 
 
-class TemplateError(ValueError):
+class TemplateError(OptionError):
     """The template cannot be used; the message says why."""
 
 
@@ -38,7 +40,9 @@ class Template:
             TemplateError: no ``{text}``, or several.
         """
         if text.count(TEXT_PLACE) != 1:
-            raise TemplateError(f"--template needs {TEXT_PLACE} exactly once, it has it {text.count(TEXT_PLACE)} times")
+            raise TemplateError(
+                f"template: {TEXT_PLACE} is needed exactly once; it stands there {text.count(TEXT_PLACE)} times"
+            )
         before, after = text.replace(LABELS_PLACE, ", ".join(labels)).split(TEXT_PLACE)
         if examples:
             # The instruction is said once; each example and the row repeat only what surrounds a text.

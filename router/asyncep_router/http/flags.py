@@ -167,7 +167,14 @@ def read_flags(namespace: argparse.Namespace, prefix: str = "", **settings: Any)
     policy = given.get("policy")
     if policy in _FOREIGN_POLICIES:
         raise ConfigError(f"--{prefix}policy {policy}: {_FOREIGN_POLICIES[policy]}")
-    return RouterOptions(**{**settings, **given})
+    try:
+        return RouterOptions(**{**settings, **given})
+    except ConfigError as error:
+        # Settings that the caller gives have flags of their own, without the prefix.
+        own = tuple(f"--{_dest_flag(name)}" for name in settings)
+        if prefix and str(error).startswith("--") and not str(error).startswith(own):
+            raise ConfigError(f"--{prefix}{str(error).removeprefix('--')}") from None
+        raise
 
 
 def parse(arguments: Sequence[str], prog: str = "asyncep_router.launch_router") -> RouterOptions:
@@ -181,6 +188,10 @@ def key_flags(prefix: str = "") -> list[str]:
     """The flags whose values are keys."""
     named = (setting.name for setting in fields(RouterOptions) if "variable" in setting.metadata)
     return [f"--{prefix}{name.replace('_', '-')}" for name in named]
+
+
+def _dest_flag(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _dest(name: str) -> str:

@@ -31,6 +31,8 @@ WORKER_KEY_VARIABLE = "ASYNCEP_ROUTER_WORKER_API_KEY"
 _LARGEST = (1 << 63) - 1
 # Beyond, an event loop's clock overflows; some flags are given a very large number for "never".
 _LONGEST_SECONDS = 10**10
+# The kernel counts how long an answer may be untaken in milliseconds, in 31 bits (TCP_USER_TIMEOUT).
+_LONGEST_TAKING = 2_147_483
 
 
 def _flag(
@@ -188,7 +190,7 @@ class RouterOptions:
         "seconds a client has to send a body, and one more for each 16 KiB that came (408 beyond); also the "
         "longest pause in taking an answer",
         least=0.1,
-        most=_LONGEST_SECONDS,
+        most=_LONGEST_TAKING,
     )
     keep_alive_timeout_secs: float = _flag(
         75.0,
@@ -236,6 +238,11 @@ class RouterOptions:
             raise ConfigError(f"--policy {self.policy}: known are {', '.join(POLICIES)}")
         if bool(self.tls_cert_path) != bool(self.tls_key_path):
             raise ConfigError("--tls-cert-path and --tls-key-path: give both or neither")
+        buckets = self.prometheus_duration_buckets
+        if list(buckets) != sorted(set(buckets)) or not all(map(math.isfinite, buckets)):
+            raise ConfigError(
+                f"--prometheus-duration-buckets {' '.join(map(str, buckets))}: finite bounds in rising order are needed"
+            )
         for name in ("worker_urls", "trusted_worker_urls"):
             _check_urls(_flag_of(name), getattr(self, name))
         # Built for their checks.

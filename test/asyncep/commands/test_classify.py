@@ -18,7 +18,10 @@ from asyncep.cli import main
         (["in.jsonl", "o.jsonl", "--labels", "a", "--url", "http://x"], "at least two different labels"),
         (["in.jsonl", "o.jsonl", "--labels", "a,b"], "either --url .* or --model-path"),
         (["no.jsonl", "o.jsonl", "--labels", "a,b", "--url", "http://x"], "no.jsonl: no such file"),
-        (["in.jsonl", "o.jsonl", "--labels", "a,b", "--url", "http://x", "--template", "none"], "--template needs"),
+        (
+            ["in.jsonl", "o.jsonl", "--labels", "a,b", "--url", "http://x", "--template", "none"],
+            "--template: .text. is needed exactly once",
+        ),
         (["in.jsonl", "o.jsonl", "--labels", "a,b", "--url", "http://x", "--limit", "-1"], "--limit -1"),
         (["in.jsonl", "o.jsonl", "--labels", "a,b", "--url", "http://x", "--system", "s"], "system: .*chat"),
     ],

@@ -10,7 +10,7 @@ import pytest
 
 ODD = [
     # The architecture is served, but the sizes are not there.
-    (["asyncep", "serve", "--model-path", "{folder}"], {}, 2, "asyncep serve: "),
+    (["asyncep", "serve", "--model-path", "{folder}"], {}, 2, "model_type="),
     (["asyncep_kernels.native.build"], {"ASYNCEP_CPU_ISA": "neon"}, 1, "kernels: ASYNCEP_CPU_ISA=neon is none of"),
     (["asyncep_router.launch_router", "--worker-urls", "http://a:1", "http://a:1"], {}, 2, "--worker-urls: http://a:1"),
     (["asyncep_router.launch_router", "--port", "99999"], {}, 2, "--port 99999: must be at most 65535"),

@@ -297,9 +297,11 @@ def test_a_users_program(runtime: Runtime, tmp_path: Path) -> None:
     assert [answer.error for answer in asyncio.run(public_api_program.awaited(runtime))] == [None] * 4
     assert public_api_program.job(runtime, tmp_path).summary.rows == 2
     assert "labels: at least two" in public_api_program.refused(runtime)
-    assert repr(runtime).startswith("<Runtime.connect(" if runtime.url in repr(runtime) else "<Runtime(")
-    plain = [json.loads(json.dumps(answer.to_dict())) for answer in (*scores, *ranked, *logs)]
+    answers = [*scores, *ranked, *logs, *runtime.classify(["one", ""], ["a", "b"])]
+    plain = [json.loads(json.dumps(answer.to_dict())) for answer in answers]
     assert all("error" in each for each in plain)
+    assert set(plain[-2]["probabilities"]) == {"a", "b"}
+    assert repr(Runtime.connect("http://me:secret@host:1")) == "<Runtime.connect('http://host:1'), not started>"
 
 
 def test_everything_public_is_there() -> None:

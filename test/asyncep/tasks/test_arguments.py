@@ -85,6 +85,7 @@ def test_any_argument(name: str, value: Any) -> None:
         (["a", 5], {}, r"labels\[1\]: a string is needed, not int"),
         (numpy.array([1, 2]), {}, r"labels\[0\]: a string is needed, not numpy.int64"),
         (["a", "b"], {"template": 5}, "template: a string is needed, not int"),
+        (["a", "b"], {"template": "no place"}, "template: {text} is needed exactly once; it stands there 0 times"),
         (["a", "b"], {"chat": "yes"}, "chat: True or False is needed, not str"),
         (["a", "b"], {"system": 5}, "system: a string or None is needed, not int"),
         (["a", "b"], {"length": "max"}, "length: invalid enum value 'max'"),
