@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,13 +58,19 @@ def test_experts_lie_in_memory_once(server: Server, tiny_model: Callable[[str], 
     # Each rank read what it owns and left the rest: together the checkpoint's experts, once.
     assert all(rank["bytes_read"] == rank["expert_bytes"] for rank in ranks)
     assert sum(rank["bytes_read"] for rank in ranks) == status["expert_bytes"]
-    # Proportional set size shares a page's bytes among the processes that map it: the kernel's own account.
-    shared = 0
-    for process in server.processes():
-        for region in process.memory_maps(grouped=False):
-            if "memfd:asyncep-L" in region.path:
-                shared += region.pss
-    assert abs(shared - status["resident_bytes"]) <= page * status["tensors"] * len(ranks)
+
+    def mapped() -> int:
+        """Proportional set size shares a page's bytes among the processes that map it: the kernel's own account."""
+        regions = [region for process in server.processes() for region in process.memory_maps(grouped=False)]
+        return sum(region.pss for region in regions if "memfd:asyncep-L" in region.path)
+
+    # A kernel that reclaims idle memory takes pages out of the processes' tables: work brings them back.
+    deadline = time.monotonic() + 60
+    while abs(mapped() - status["resident_bytes"]) > page * status["tensors"] * len(ranks):
+        assert time.monotonic() < deadline, (mapped(), status["resident_bytes"])
+        for rank in range(len(ranks)):
+            prompts = [[random.randrange(3, 500) for _ in range(300)] for _ in range(4)]
+            server.log_probabilities(prompts, LABELS, routed_dp_rank=rank)
 
 
 def test_sglang_is_imported_once(server: Server) -> None:

@@ -222,11 +222,11 @@ def test_foreign_flags(foreign: object, caplog: pytest.LogCaptureFixture) -> Non
     [
         ("--policy manual", "manual"),
         ("--policy fastest", "fastest"),
-        ("--cb-failure-threshold 0", "failures=0"),
-        ("--retry-jitter-factor 7", "jitter=7"),
+        ("--cb-failure-threshold 0", "--cb-failure-threshold 0: must be at least 1"),
+        ("--retry-jitter-factor 7", "--retry-jitter-factor 7.0: must be at most 1"),
         ("--queue-size -1", "queue-size"),
         ("--tls-cert-path x", "tls-key-path"),
-        ("--affinity 3", "affinity=3"),
+        ("--affinity 3", "--affinity 3.0: must be at most 1"),
     ],
 )
 def test_bad_values_are_named(line: str, named: str) -> None:
