@@ -197,7 +197,7 @@ def test_names_are_each_ones_own() -> None:
 def test_a_number_out_of_bounds_is_refused_by_name(group: type, name: str, flag: Declared) -> None:
     default = default_of(group, name)
     bounds = [(flag.least, -1.0), (flag.above, 0.0), (flag.most, 1.0)]
-    wrong = [f"{bound + beyond:g}" for bound, beyond in bounds if bound is not None]
+    wrong = [f"{bound + beyond:.12g}" for bound, beyond in bounds if bound is not None]
     for text in [*wrong, *(("inf", "nan") if isinstance(default, float) else ())]:
         parser = argparse.ArgumentParser()
         add_flags(parser.add_argument_group("x"), group)

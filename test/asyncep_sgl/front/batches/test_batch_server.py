@@ -216,8 +216,12 @@ def test_files_and_lists(host: Host) -> None:
     assert host.client.files.delete(ids[0]).deleted
     with pytest.raises(openai.NotFoundError):
         host.client.files.retrieve(ids[0])
-    batches = list(host.client.batches.list(limit=1))
-    assert len(batches) == len({batch.id for batch in batches}) >= 4
+    made = [host.order([completion(i)]) for i in range(4)]
+    batches = [batch.id for batch in host.client.batches.list(limit=1)]
+    assert len(batches) == len(set(batches))
+    assert {batch.id for batch in made} <= set(batches)
+    for batch in made:
+        assert host.wait(batch).status == "completed"
 
 
 @pytest.mark.parametrize(
