@@ -4,7 +4,7 @@ PY := .venv/bin/python
 PEER ?= build/peer-router
 VLLM ?= build/peer-vllm
 SCHEMATHESIS ?= build/peer-schemathesis
-JOBS ?= 2
+JOBS ?= 0
 .DEFAULT_GOAL := help
 .PHONY: $(shell sed -nE 's/^([a-z-]+):.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
@@ -21,7 +21,7 @@ serve: setup ## serve the demo model on http://127.0.0.1:30000 (ARGS="--port 800
 	@$(PY) -m asyncep demo-model
 	@exec $(PY) -m asyncep serve --model-path "$$($(PY) -m asyncep demo-model --print-path)" --dp-size 2 $(ARGS)
 
-test: setup ## every test, in two processes (ARGS="-k store" for some, JOBS=0 for one process)
+test: setup ## every test (ARGS="-k store" for some, JOBS=2 in two processes at once)
 	@$(PY) -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 chaos: setup ## processes killed and stopped, links cut, disks full, under 100 clients, some 15 minutes (root: all of it; ARGS="--cases disk")

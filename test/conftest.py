@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,8 +33,9 @@ hypothesis.settings.load_profile("steady")
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files stay whole when two processes share the tests, and those that start servers come first: they are long."""
-    with_servers = {item.path for item in items if item.get_closest_marker("server")}
-    items.sort(key=lambda item: item.path not in with_servers)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        with_servers = {item.path for item in items if item.get_closest_marker("server")}
+        items.sort(key=lambda item: item.path not in with_servers)
     for item in items:
         name = "one after the other" if item.path.name in ONE_AFTER_THE_OTHER else item.path.stem
         item.add_marker(pytest.mark.xdist_group(name))

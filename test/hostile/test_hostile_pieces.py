@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from hostile.cases import Case
 from hostile.chaos_batches import checked
@@ -276,9 +275,14 @@ def test_schemathesis_events_are_counted_where_it_was_killed() -> None:
 
 
 def test_memory_of_ones_own_is_no_part_of_a_library() -> None:
-    found = own_bytes(Path("/proc/self/smaps_rollup").read_text())
-    assert 0 < found < psutil.Process().memory_full_info().pss
-    large = bytearray(64 << 20)
-    large[::4096] = b"x" * (len(large) // 4096)
-    grown = own_bytes(Path("/proc/self/smaps_rollup").read_text()) - found
-    assert len(large) * 0.9 < grown < len(large) * 1.2
+    # A process of its own: this one has the memory of all tests before, and gives some back at any time.
+    script = (
+        "rollup = lambda: open('/proc/self/smaps_rollup').read()\n"
+        "print(rollup())\nlarge = bytearray(64 << 20)\nlarge[::4096] = b'x' * (len(large) // 4096)\nprint('--')\n"
+        "print(rollup())"
+    )
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    before, after = (part.strip() for part in printed.split("--\n"))
+    pss = next(int(line.split()[1]) << 10 for line in before.splitlines() if line.startswith("Pss:"))
+    assert 0 < own_bytes(before) < pss
+    assert 0.9 < (own_bytes(after) - own_bytes(before)) / (64 << 20) < 1.2
