@@ -59,6 +59,7 @@ def draw(text: str) -> str:
     """SVG of a picture's text."""
     import pygraphviz
 
+    source = digest(text)
     for name, mark in _MARKS.items():
         text = text.replace(f'BGCOLOR="{name}"', f'BGCOLOR="{mark}"')
     graph = pygraphviz.AGraph(string=text)
@@ -72,14 +73,7 @@ def draw(text: str) -> str:
         svg = svg.replace(f'fill="{mark}"', f'class="{name}"')
     # What is left of colours is graphviz's default: the style says them, for light and dark.
     svg = re.sub(r' (?:stroke|fill)="(?:black|lightgr[ae]y)"', "", svg)
-    return svg.replace("<g id=", f"<style>{_style()}</style>\n<!-- drawn from {digest(text_of(text))} -->\n<g id=", 1)
-
-
-def text_of(text: str) -> str:
-    """A picture's text as it was before its cells were marked."""
-    for name, mark in _MARKS.items():
-        text = text.replace(f'BGCOLOR="{mark}"', f'BGCOLOR="{name}"')
-    return text
+    return svg.replace("<g id=", f"<style>{_style()}</style>\n<!-- drawn from {source} -->\n<g id=", 1)
 
 
 def _style() -> str:

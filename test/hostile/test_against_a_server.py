@@ -95,10 +95,6 @@ def test_a_short_soak_loses_nothing(both: Stand) -> None:
         "largest growth of a process's memory once settled",
         "processes whose descriptors are not as many",
     )
-    # How many requests there are in so few seconds is the machine's to say.
-    counts = ("honest requests answered right", "hostile requests beside them")
-    assert unmet(claims, but=("seconds of load", memory, descriptors, *counts)) == {}
-    assert sum(tally["right"] for tally in raw["honest"]) > 20
-    assert raw["hostile"]["sent"] > 10
+    assert unmet(claims, but=("seconds of load", memory, descriptors)) == {}
     assert {"launcher", "front", "controller", "rank 0", "rank 1", "detokenizer", "http router"} <= raw["growth"].keys()
     assert all(before is not None and after is not None for before, after in raw["descriptors"].values())

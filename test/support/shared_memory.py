@@ -27,6 +27,7 @@ def new_names(before: set[str]) -> set[str]:
         found = {name for name in found - _of_others(found) if (_FOLDER / name).exists()}
         if not found or time.monotonic() > deadline:
             return found
+        # Another process' names: there is nothing to wait on.
         time.sleep(0.1)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +18,7 @@ from asyncep.client.tokens import Untokenized
 from asyncep.jobs.run import OnProgress, run_job
 from asyncep.jobs.spec import JobResult, JobSpec
 from asyncep.local_server import local_server
+from asyncep.runtime.flags import flags_of, key_of, without_password
 from asyncep.runtime.loop import LoopThread
 from asyncep.runtime.windows import WINDOW, in_order, windows
 from asyncep.tasks.arguments import task_options
@@ -27,8 +27,6 @@ from asyncep.tasks.results import Classification, Ranked, Score, TokenLogProbs
 from asyncep.tasks.rows import RowSource
 from asyncep.tasks.session import RerankOptions, Session, open_session
 from asyncep.tasks.task import PromptOptions, TaskOptions
-from asyncep_router.errors import ConfigError
-from asyncep_router.keys import key_from
 
 # Arguments with a key, and the variable that `asyncep serve` reads it from.
 _KEYS = {"api_key": "ASYNCEP_API_KEY", "admin_api_key": "ASYNCEP_ADMIN_API_KEY"}
@@ -63,9 +61,9 @@ class Runtime:
     def __init__(self, model: str, dp_size: int = 1, *, start_seconds: float = 600, **options: Any) -> None:
         self._model: str | None = str(model)
         # Keys go by the environment: anybody on the host can read a command line.
-        keys = {variable: _key(name, options.pop(name, None), variable) for name, variable in _KEYS.items()}
+        keys = {variable: key_of(name, options.pop(name, None), variable) for name, variable in _KEYS.items()}
         self._environment = {variable: key for variable, key in keys.items() if key}
-        self._flags = ["--dp-size", str(dp_size), *_flags({"log_level": "warning", **options})]
+        self._flags = ["--dp-size", str(dp_size), *flags_of({"log_level": "warning", **options})]
         self._start_seconds = start_seconds
         self._url: str | None = None
         self._api_key: str | None = keys["ASYNCEP_API_KEY"]
@@ -95,7 +93,7 @@ class Runtime:
         """
         runtime = cls("", 1)
         runtime._model, runtime._url = None, server_url(url)
-        runtime._api_key = _key("api_key", api_key, "ASYNCEP_API_KEY")
+        runtime._api_key = key_of("api_key", api_key, "ASYNCEP_API_KEY")
         return runtime
 
     # Life
@@ -153,7 +151,10 @@ class Runtime:
         await asyncio.to_thread(self.close)
 
     def __repr__(self) -> str:
-        what = f"Runtime({self._model!r})" if self._model is not None else f"Runtime.connect({_shown(self._url)!r})"
+        if self._model is not None:
+            what = f"Runtime({self._model!r})"
+        else:
+            what = f"Runtime.connect({without_password(self._url)!r})"
         return f"<{what}, {'started' if self._stack is not None else 'not started'}>"
 
     @property
@@ -496,29 +497,3 @@ def _strings(texts: Any) -> Sequence[str]:
     if isinstance(texts, str | bytes) or not isinstance(texts, Sequence):
         raise OptionError(f"texts: a list of strings or a frame is needed, not {type(texts).__name__}")
     return texts
-
-
-def _shown(url: str | None) -> str:
-    """A URL without a password in it."""
-    return re.sub(r"//[^/@]*@", "//", url or "")
-
-
-def _key(argument: str, given: str | None, variable: str) -> str | None:
-    try:
-        return key_from(given, variable)
-    except ConfigError as error:
-        raise OptionError(f"{argument}: {error}") from error
-
-
-def _flags(options: Mapping[str, Any]) -> list[str]:
-    flags: list[str] = []
-    for name, value in options.items():
-        flag = "--" + name.replace("_", "-")
-        if value is None or value is False:
-            continue
-        flags.append(flag)
-        if isinstance(value, list | tuple):
-            flags += map(str, value)
-        elif value is not True:
-            flags.append(str(value))
-    return flags

@@ -41,6 +41,8 @@ _GRACE_SECONDS = 0.5
 _BYTES_AN_ENTRY = 36
 _BYTES_A_LIST = 80
 # After an answer that left part of a body unread, aiohttp reads on for so long, so that the client sees the answer.
+# An event loop's clock has whole milliseconds: it may wake so much too early.
+_TICK_SECONDS = 0.001
 _LINGERING_SECONDS = 2.0
 
 
@@ -215,7 +217,7 @@ async def in_time(request: web.BaseRequest, step: Awaitable[Any], seconds: float
     sending = asyncio.ensure_future(step)
     left = None
     try:
-        while not (await asyncio.wait([sending], timeout=seconds / 2))[0]:
+        while not (await asyncio.wait([sending], timeout=seconds / 2 + _TICK_SECONDS))[0]:
             now = request.transport.get_write_buffer_size() if request.transport is not None else 0
             if now == left:
                 raise TimeoutError

@@ -11,7 +11,7 @@ from enum import Enum
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from asyncep_router.errors import ConfigError
-from asyncep_router.http.options import RouterOptions
+from asyncep_router.http.options import RouterOptions, flag_of
 from asyncep_router.keys import key_from
 
 logger = logging.getLogger("asyncep_router")
@@ -171,7 +171,7 @@ def read_flags(namespace: argparse.Namespace, prefix: str = "", **settings: Any)
         return RouterOptions(**{**settings, **given})
     except ConfigError as error:
         # Settings that the caller gives have flags of their own, without the prefix.
-        own = tuple(f"--{_dest_flag(name)}" for name in settings)
+        own = tuple(map(flag_of, settings))
         if prefix and str(error).startswith("--") and not str(error).startswith(own):
             raise ConfigError(f"--{prefix}{str(error).removeprefix('--')}") from None
         raise
@@ -188,10 +188,6 @@ def key_flags(prefix: str = "") -> list[str]:
     """The flags whose values are keys."""
     named = (setting.name for setting in fields(RouterOptions) if "variable" in setting.metadata)
     return [f"--{prefix}{name.replace('_', '-')}" for name in named]
-
-
-def _dest_flag(name: str) -> str:
-    return name.replace("_", "-")
 
 
 def _dest(name: str) -> str:

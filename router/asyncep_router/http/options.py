@@ -53,7 +53,8 @@ def _key(variable: str, text: str) -> Any:
     return field(default=None, repr=False, metadata={"help": text, "choices": None, "variable": variable})
 
 
-def _flag_of(name: str) -> str:
+def flag_of(name: str) -> str:
+    """The flag of a setting."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -231,7 +232,7 @@ class RouterOptions:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            _check_number(_flag_of(each.name), getattr(self, each.name), each.metadata)
+            _check_number(flag_of(each.name), getattr(self, each.name), each.metadata)
         if self.max_concurrent_requests == 0:
             raise ConfigError("--max-concurrent-requests 0: must be at least 1, or -1 for no limit")
         if self.policy not in POLICIES:
@@ -244,7 +245,7 @@ class RouterOptions:
                 f"--prometheus-duration-buckets {' '.join(map(str, buckets))}: finite bounds in rising order are needed"
             )
         for name in ("worker_urls", "trusted_worker_urls"):
-            _check_urls(_flag_of(name), getattr(self, name))
+            _check_urls(flag_of(name), getattr(self, name))
         # Built for their checks.
         _ = (self.retry_policy, self.breaker_settings, self.limits, self.keys)
         for flag, key in (

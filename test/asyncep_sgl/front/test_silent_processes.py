@@ -15,7 +15,7 @@ from asyncep_sgl.front.server import _or_503
     ("error", "words"),
     [
         (TimeoutError("the router did not answer in 5000 ms"), "the router did not answer in 5000 ms"),
-        (StoreError("no answer at ipc:///tmp/asyncep-run/store"), "the launcher does not answer"),
+        (StoreError("no answer at ipc://run/store"), "the launcher does not answer"),
     ],
 )
 def test_a_silent_process_is_a_503_that_says_which(error: Exception, words: str) -> None:
