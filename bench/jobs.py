@@ -1,12 +1,13 @@
 """Jobs: what the machinery costs, what a kill costs, and what planning gains over sending row by row.
 
-    python bench/jobs.py [--quick] [--rounds N] [--only machinery,kills,sides,spam,batch]
+    python bench/jobs.py [--quick] [--rounds N] [--only machinery,kills,sides,callers,spam,batch]
 
 Machinery: synthetic rows through a job with null ranks, in the job's process and behind HTTP; rows/s and memory. Kills:
 the same job killed at ten random points and gone on with. Sides: BBC news by the demo's model on two cores, as a job,
 row by row through the same server with 64 clients and with one, and through stock SGLang's /v1/score with 64 clients;
-each side a server of its own, in turn, caches emptied. Spam: SpamAssassin end to end. Batch: 500 rows by the
-`openai` client, the server killed half-way. Writes `bench/out/jobs.json`.
+each side a server of its own, in turn, caches emptied. Callers: 200 calls of one text at once over one call with all
+of them; the first answer of a source that gives a text a second; 1,000 labels over 50. Spam: SpamAssassin end to end.
+Batch: 500 rows by the `openai` client, the server killed half-way. Writes `bench/out/jobs.json`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 
 import httpx
 import psutil
+from job_callers import callers, claims_of_callers
 from openai_batch import batch_survives_a_kill
 from peer_start import flush_cache
 from records import Claim, write
@@ -380,6 +382,8 @@ def claims_of(raw: dict[str, Any]) -> list[Claim]:
             Claim("job over row by row, one client", job / rates["row by row, 1 client(s)"], 1.2, "ratio"),
             Claim("cached share over what is possible", share, 0.95, "ratio"),
         ]
+    if found := raw.get("callers"):
+        claims += claims_of_callers(found)
     if (found := raw.get("spam")) and "accuracy" in found:
         claims.append(
             Claim("SpamAssassin end to end: rows with errors", float(found["errors"]), 0, "rows", at_least=False)
@@ -394,7 +398,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few rows, one round: shows that it runs, not how fast")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="how often each side is started (default 3)")
-    parser.add_argument("--only", default="machinery,kills,sides,spam,batch", metavar="A,B", help="parts to run")
+    parser.add_argument(
+        "--only", default="machinery,kills,sides,callers,spam,batch", metavar="A,B", help="parts to run"
+    )
     options = parser.parse_args()
     sizes, parts = QUICK if options.quick else FULL, options.only.split(",")
     console = Console()
@@ -408,6 +414,9 @@ def main() -> int:
             raw["kills"] = kills(work, model, sizes.kills)
         if "sides" in parts:
             raw["sides"] = sides(work, model, sizes.bbc, 1 if options.quick else options.rounds)
+        if "callers" in parts:
+            texts = [row["text"] for row in rows_of("bbc", 24 if options.quick else 200, {})]
+            raw["callers"] = callers(model, texts, 1 if options.quick else 5)
         if "spam" in parts:
             try:
                 raw["spam"] = spam(work, model, sizes.spam)

@@ -24,9 +24,9 @@ from asyncep.client.plan import TokenCost
 from asyncep.client.probes import Probe, Reading
 from asyncep.client.server_facts import ServerFacts
 from asyncep.client.tokens import LocalTokens
+from asyncep.files.rows import RowSource
 from asyncep.jobs.run import run_job
 from asyncep.jobs.spec import JobSpec, Progress
-from asyncep.tasks.rows import RowSource
 from asyncep.tasks.session import open_session, session_with
 from asyncep.tasks.task import TaskOptions
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from asyncep.client.errors import OptionError as OptionError
     from asyncep.client.errors import ServerError as ServerError
+    from asyncep.files.kinds import InputError as InputError
     from asyncep.jobs.journal import JobError as JobError
     from asyncep.jobs.spec import JobResult as JobResult
     from asyncep.local_server import StartError as StartError
     from asyncep.own_files import OutputError as OutputError
     from asyncep.runtime.runtime import Runtime as Runtime
-    from asyncep.tasks.records import InputError as InputError
     from asyncep.tasks.results import Classification as Classification
     from asyncep.tasks.results import Ranked as Ranked
     from asyncep.tasks.results import Score as Score
@@ -30,7 +30,7 @@ _HOMES = {
     **dict.fromkeys(("Classification", "Ranked", "Score", "TokenLogProbs"), "asyncep.tasks.results"),
     "JobResult": "asyncep.jobs.spec",
     **dict.fromkeys(("OptionError", "ServerError"), "asyncep.client.errors"),
-    "InputError": "asyncep.tasks.records",
+    "InputError": "asyncep.files.kinds",
     "OutputError": "asyncep.own_files",
     "JobError": "asyncep.jobs.journal",
     "StartError": "asyncep.local_server",

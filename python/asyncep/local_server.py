@@ -20,6 +20,7 @@ from pathlib import Path
 
 import httpx
 
+from asyncep.client.errors import ServerError
 from asyncep.errors import CommandError
 from asyncep_sgl.process.ports import free_port, is_free, is_listening
 
@@ -28,7 +29,7 @@ logger = logging.getLogger("asyncep")
 _QUESTION = httpx.Timeout(30, connect=10)
 _BETWEEN_SECONDS = 0.25
 # A start that takes longer is told of, and again after each such time.
-_TELL_SECONDS = 30.0
+_TELL_SECONDS = 10.0
 # A port that was free when it was chosen may be gone when the server binds it.
 _PORT_TRIES = 3
 # Far beyond a server's own limit for ending in order.
@@ -49,6 +50,7 @@ def local_server(
     start_seconds: float = 600,
     environment: Mapping[str, str] | None = None,
     on_wait: OnWait | None = None,
+    on_start: Callable[[subprocess.Popen[bytes]], None] | None = None,
 ) -> Iterator[str]:
     """``asyncep serve`` on a free port of this host, or on that of ``--port``; yields its URL.
 
@@ -56,11 +58,13 @@ def local_server(
         model: checkpoint folder or hub name.
         arguments: further flags of ``asyncep serve``.
         environment: variables for it besides this process'; keys go here, for anybody can read a command line.
-        on_wait: told each half minute of a long start how many seconds it has taken and what the server printed last;
+        on_wait: told every ten seconds of a long start how many seconds it has taken and what the server printed last;
             by default that is a warning in the log.
+        on_start: told of its process when it is ready.
 
     Raises:
         StartError: it ended, was not ready in time, or its port is in use.
+        ServerError: in the place of one that the block raises because the server has ended meanwhile; says how.
     """
     place = _Place.of(arguments)
     for attempt in range(_PORT_TRIES):
@@ -81,10 +85,27 @@ def local_server(
                     if place.port or attempt == _PORT_TRIES - 1 or is_free(port, place.host):
                         raise
                     continue  # somebody else has come to listen there meanwhile
-                yield place.url(port)
+                if on_start:
+                    on_start(process)
+                try:
+                    yield place.url(port)
+                except ServerError as error:
+                    if ended := how_it_ended(process):
+                        raise ServerError(f"{ended}: {error}") from error
+                    raise
                 return
             finally:
                 _end(process)
+
+
+def how_it_ended(process: subprocess.Popen[bytes]) -> str:
+    """In words, how a server that was started here has ended; empty while it runs."""
+    status = process.poll()
+    if status is None:
+        return ""
+    # A launcher whose front was killed says so, and ends with a status of its own.
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    return f"the server that was started here (process {process.pid}) {how}"
 
 
 @dataclass(frozen=True)

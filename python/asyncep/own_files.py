@@ -57,12 +57,15 @@ def check_apart(writes: Sequence[Named], reads: Sequence[Named], folders: Sequen
                 raise OutputError(f"{flag} {path}: lies in {folder}, which is emptied at the end; give another path")
 
 
-def check_free(flag: str, path: Path, *, overwrite: bool, own: Identity | None = None) -> None:
+def check_free(
+    flag: str, path: Path, *, overwrite: bool, own: Identity | None = None, fix: str = "--overwrite"
+) -> None:
     """Refuses a path where something stands that is not the command's own, or whose folder is not there.
 
     Args:
         overwrite: a regular file may be written over.
         own: the `identity` of a file the command itself has put there before.
+        fix: what the caller gives to write over it.
 
     Raises:
         OutputError: names the argument and the fix.
@@ -76,7 +79,7 @@ def check_free(flag: str, path: Path, *, overwrite: bool, own: Identity | None =
     if not path.is_file() and (path.exists() or not stat.S_ISLNK(found.st_mode)):
         raise OutputError(f"{flag} {path}: is there and not a file; give another path")
     if not overwrite and (own is None or identity(path) != own):
-        raise OutputError(f"{flag} {path}: is there already; move it away, give another path, or give --overwrite")
+        raise OutputError(f"{flag} {path}: is there already; move it away, give another path, or give {fix}")
 
 
 def identity(path: Path) -> Identity | None:
@@ -88,7 +91,7 @@ def identity(path: Path) -> Identity | None:
     return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns]
 
 
-def put_in_place(flag: str, unfinished: Path, path: Path, *, overwrite: bool) -> None:
+def put_in_place(flag: str, unfinished: Path, path: Path, *, overwrite: bool, fix: str = "--overwrite") -> None:
     """Gives a finished file its name. Without `overwrite` what has come to stand there meanwhile is kept.
 
     Raises:
@@ -100,10 +103,10 @@ def put_in_place(flag: str, unfinished: Path, path: Path, *, overwrite: bool) ->
         try:
             os.link(unfinished, path)
         except FileExistsError:
-            check_free(flag, path, overwrite=False)
+            check_free(flag, path, overwrite=False, fix=fix)
         except OSError:
             # A file system without hard links: looking first is all that can be done there.
-            check_free(flag, path, overwrite=False)
+            check_free(flag, path, overwrite=False, fix=fix)
             unfinished.replace(path)
         else:
             unfinished.unlink()

@@ -22,6 +22,12 @@ def classified(runtime: Runtime) -> list[str]:
     labels = ["sport", "politics"]
     listed: list[Classification] = runtime.classify(list(texts()), labels, examples=[("A late try.", "sport")])
     streamed: Iterator[Classification] = runtime.classify(texts(), labels, calibrate="N/A", length="mean")
+    described: list[Classification] = runtime.classify(
+        list(texts()), {"sport": "matches and players", "politics": "governments"}, other_below=0.1, truncate="tail"
+    )
+    several = runtime.classify(list(texts()), [{"label": "sport", "threshold": 0.3}, "politics"], multi_label=True)
+    assert all(set(answer.labels) <= {"sport", "politics"} for answer in several)
+    assert all(answer.label in ("sport", "politics", "other") for answer in described)
     frame: polars.DataFrame = runtime.classify(polars.DataFrame({"body": list(texts())}), labels, text="body")
     return [answer.label or "" for answer in (*listed, *streamed)] + frame["label"].to_list()
 

@@ -11,14 +11,16 @@ itself is in the prefix cache by then.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from asyncep.client.errors import OptionError
-from asyncep.client.probes import Answerer, Probe
+from asyncep.client.probes import Answerer, Probe, Reading
 
 Length = Literal["sum", "mean"]
+# Passes of one request at most, and their tokens: many labels after a batch of long prompts are many times the batch.
+_PASSES, _PASS_TOKENS = 1024, 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class LabelSet:
     def __init__(self, ids: Sequence[Sequence[int]], *, length: Length = "sum") -> None:
         self.ids = tuple(tuple(label) for label in ids)
         if not self.ids or not all(self.ids) or len(set(self.ids)) != len(self.ids):
-            raise OptionError(f"labels: each needs tokens of its own, these have {[list(label) for label in self.ids]}")
+            raise OptionError(f"labels: each needs tokens of its own; {self._twins()}")
         if length not in ("sum", "mean"):
             raise OptionError(f"length={length!r}: use 'sum' or 'mean'")
         self.length: Length = length
@@ -81,6 +83,27 @@ class LabelSet:
             for stem, numbers in stems.items()
         )
 
+    def _twins(self) -> str:
+        """What is wrong with the tokens."""
+        first: dict[tuple[int, ...], int] = {}
+        for number, label in enumerate(self.ids):
+            if not label:
+                return f"number {number} has no tokens"
+            if label in first:
+                return f"numbers {first[label]} and {number} have the same tokens, {list(label)}"
+            first[label] = number
+        return "at least one is needed"
+
+    @property
+    def passes(self) -> int:
+        """Passes a prompt takes: one over the prompt, and one for each beginning of labels."""
+        return 1 + len(self._stems)
+
+    @property
+    def tails(self) -> list[int]:
+        """Tokens that each of the further passes has beyond the prompt."""
+        return [len(stem.ids) for stem in self._stems]
+
     @property
     def single_token(self) -> bool:
         """Whether one pass a prompt is all."""
@@ -89,7 +112,7 @@ class LabelSet:
     @property
     def longest_tail(self) -> int:
         """Tokens that the longest pass has beyond the prompt."""
-        return max((len(stem.ids) for stem in self._stems), default=0)
+        return max(self.tails, default=0)
 
     async def score(
         self, prompts: Sequence[Sequence[int]], answerer: Answerer, rank: int | None = None
@@ -113,7 +136,9 @@ class LabelSet:
             for prompt in prompts
             for stem in self._stems
         ]
-        more = await answerer.answer(tails, rank)
+        more: list[Reading] = []
+        for some in _pieces(tails):
+            more += await answerer.answer(some, rank)
         width = len(self._stems)
         found = []
         for number, (prompt, reading) in enumerate(zip(prompts, readings, strict=True)):
@@ -130,3 +155,15 @@ class LabelSet:
             passes += [(len(prompt) + len(s.ids), t.cached) for s, t in zip(self._stems, mine, strict=True)]
             found.append(LabelScores(tuple(totals), tuple(passes)))
         return found
+
+
+def _pieces(probes: Sequence[Probe]) -> Iterator[Sequence[Probe]]:
+    """The probes in runs of few enough of them and few enough tokens, a longer one by itself."""
+    start = size = 0
+    for number, probe in enumerate(probes):
+        if number > start and (size + len(probe.ids) > _PASS_TOKENS or number - start == _PASSES):
+            yield probes[start:number]
+            start, size = number, 0
+        size += len(probe.ids)
+    if start < len(probes):
+        yield probes[start:]

@@ -17,7 +17,7 @@ Prompts = Sequence[Sequence[int]]
 # Asks one rank (None: whichever) for the answers to some prompts.
 Ask = Callable[[Prompts, int | None], Awaitable[list[T]]]
 # Row numbers and what became of each: an answer, or the reason why there is none.
-OnBatch = Callable[[Sequence[int], "Sequence[T | str]"], None]
+OnBatch = Callable[[Sequence[int], Sequence[T | str]], None]
 
 
 @dataclass(eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -12,6 +13,7 @@ from asyncep.client.lanes import Lanes, OnBatch
 from asyncep.client.plan import Plan, Shape, plan
 from asyncep.client.probes import Answerer
 from asyncep.client.server_facts import ServerFacts
+from asyncep.client.together import Together
 from asyncep.client.tokens import Untokenized
 
 # A call of so many prompts at most is taken for somebody's who waits: it goes with the server's other requests. A
@@ -67,6 +69,7 @@ class Scorer:
         self._shape = Shape(facts.ranks, facts.threshold, facts.page, distance=in_flight)
         self._lanes = Lanes(facts.ranks, addressable=facts.addressable, in_flight=in_flight)
         self._held: Sequence[int] = ()
+        self._together = Together(self._score_now)
 
     async def __aenter__(self) -> Scorer:
         await self._lanes.__aenter__()
@@ -75,7 +78,12 @@ class Scorer:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self._together.close()
         await self._lanes.__aexit__(kind, error, trace)
+
+    def coming(self) -> contextlib.AbstractContextManager[None]:
+        """Says that a call is about to be made, for the length of what comes before it."""
+        return self._together.coming()
 
     async def score(
         self,
@@ -87,6 +95,8 @@ class Scorer:
     ) -> list[LabelScores | str]:
         """Scores of each prompt, or why there are none. Equal prompts are computed once.
 
+        Small calls that come at the same time are planned together.
+
         Args:
             prompts: token ids.
             on_batch: told of each batch as it comes: numbers of prompts (equal ones all) and their results.
@@ -95,16 +105,38 @@ class Scorer:
         Raises:
             ServerError: the server failed.
         """
-        results: list[LabelScores | str | None] = [None] * len(prompts)
+        results: list[LabelScores | str] = ["not answered"] * len(prompts)
+
+        def take(numbers: Sequence[int], answers: Sequence[LabelScores | str]) -> None:
+            for number, answer in zip(numbers, answers, strict=True):
+                results[number] = answer
+            if on_batch:
+                on_batch(numbers, answers)
+
+        if behind or len(prompts) > INTERACTIVE_PROMPTS:
+            await self._score_now(prompts, labels, take, behind=True)
+        elif prompts:
+            await self._together.score(prompts, labels, take)
+        return results
+
+    async def _score_now(
+        self,
+        prompts: Sequence[Sequence[int]],
+        labels: LabelSet,
+        on_batch: OnBatch[LabelScores],
+        *,
+        behind: bool = False,
+    ) -> None:
+        """Plans and computes them."""
+        refused: dict[int, str] = {}
         good = []
         for number, prompt in enumerate(prompts):
             if reason := self._refuse(prompt, labels):
-                results[number] = reason
+                refused[number] = reason
             else:
                 good.append(number)
-        if on_batch and len(good) < len(prompts):
-            bad = [number for number, result in enumerate(results) if result is not None]
-            on_batch(bad, [results[number] or "" for number in bad])
+        if refused:
+            on_batch(list(refused), list(refused.values()))
         chosen = [prompts[number] for number in good]
         planned = await self._plan(chosen)
         twins: dict[int, list[int]] = {}
@@ -112,24 +144,21 @@ class Scorer:
             twins.setdefault(first, []).append(good[place])
 
         def take(rows: Sequence[int], answers: Sequence[LabelScores | str]) -> None:
-            numbers, told = [], []
+            numbers: list[int] = []
+            told: list[LabelScores | str] = []
             for row, answer in zip(rows, answers, strict=True):
                 self._count(answer)
-                for number in twins[row]:
-                    results[number] = answer
-                    numbers.append(number)
-                    told.append(answer)
-            if on_batch:
-                on_batch(numbers, told)
+                numbers += twins[row]
+                told += [answer] * len(twins[row])
+            on_batch(numbers, told)
 
-        answerer = self._behind if behind or len(prompts) > INTERACTIVE_PROMPTS else self._answerer
+        answerer = self._behind if behind else self._answerer
 
         async def ask(some: Sequence[Sequence[int]], rank: int | None) -> list[LabelScores]:
             return await labels.score(some, answerer, rank)
 
         await self._lanes.run(planned, chosen, ask, take)
         self.totals.possible_cached += planned.possible_cached
-        return [result if result is not None else "not answered" for result in results]
 
     def reset_totals(self) -> None:
         """Counts from zero again."""
@@ -150,7 +179,7 @@ class Scorer:
 
     async def _plan(self, prompts: Sequence[Sequence[int]]) -> Plan:
         held = [self._held] if len(self._held) else []
-        self._held = _common(prompts) or self._held
+        self._held = common_beginning(prompts) or self._held
         if len(prompts) < _PLAN_HERE:
             return plan(prompts, self.facts.cost, self._shape, held=held)
         return await asyncio.to_thread(plan, prompts, self.facts.cost, self._shape, held=held)
@@ -168,7 +197,7 @@ class Scorer:
                 totals.full_flops += self.facts.cost.flops(tokens)
 
 
-def _common(prompts: Sequence[Sequence[int]]) -> Sequence[int]:
+def common_beginning(prompts: Sequence[Sequence[int]]) -> Sequence[int]:
     """What all prompts begin with: the two that differ earliest are the least and the greatest."""
     if len(prompts) < 2:
         return ()

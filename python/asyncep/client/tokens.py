@@ -16,6 +16,8 @@ from asyncep.client.generate import ServerApi
 _TRIALS = ("A first line.\n\n  Second: 12345 naïve 日本語 🙂\tend", " label", "x\n", "")
 # Texts and bytes of one request, and requests at once.
 _TOKENIZE_TEXTS, _TOKENIZE_BYTES, _TOKENIZE_AT_ONCE = 256, 1 << 15, 4
+# Characters that take less time than moving to a thread.
+_TOKENIZE_HERE = 4096
 _CHAT_TEXT = "asyncep-text-stands-here"
 
 
@@ -39,6 +41,8 @@ class LocalTokens:
 
     async def encode(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
         """See `TextTokens`."""
+        if sum(map(len, texts)) <= _TOKENIZE_HERE:
+            return self.encode_now(texts, special=special)
         return await asyncio.to_thread(self.encode_now, texts, special=special)
 
     def encode_now(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:

@@ -16,7 +16,7 @@ from rich.table import Table
 from asyncep.commands.demo_model import build_with_progress
 from asyncep.demo.build import read_report
 from asyncep.demo.news import TOPICS, Article, sample_articles
-from asyncep.jobs.progress import ProgressBar
+from asyncep.jobs.progress import shown_progress
 from asyncep.jobs.report import figures_of
 from asyncep.jobs.spec import JobResult
 from asyncep.runtime.runtime import Runtime
@@ -112,7 +112,7 @@ def _classify(runtime: Runtime, articles: list[Article], console: Console) -> Jo
             json.dumps({"text": after_guide(article), "topic": LABELS[article.topic].strip()}) for article in articles
         ]
         source.write_text("\n".join(lines))
-        with ProgressBar(console, lambda: len(articles), None) as bar:
+        with shown_progress(console, lambda: len(articles), None) as bar:
             return runtime.classify_file(
                 source,
                 output,

@@ -156,12 +156,15 @@ class Journal:
 
 
 @contextlib.contextmanager
-def open_journal(output: Path, settings: Mapping[str, Any], *, restart: bool = False) -> Iterator[Journal]:
+def open_journal(
+    output: Path, settings: Mapping[str, Any], *, restart: bool = False, fix: str = "--restart"
+) -> Iterator[Journal]:
     """The journal of the job that writes `output`, made or gone on with, locked meanwhile.
 
     Args:
         settings: all that decides what the output is; a job is gone on with only under the same.
         restart: throw away what is there.
+        fix: what the caller gives to do that.
 
     Raises:
         JobError: another process works on it, it was begun with other settings, or the folder is not a job's.
@@ -173,9 +176,9 @@ def open_journal(output: Path, settings: Mapping[str, Any], *, restart: bool = F
             for path in ours:
                 if path.name != "lock":
                     path.unlink()
-        with contextlib.closing(_open_database(folder)) as database:
+        with contextlib.closing(_open_database(folder, fix)) as database:
             journal = Journal(folder, database)
-            _check_settings(journal, settings)
+            _check_settings(journal, settings, fix)
             yield journal
         if journal.finished:
             _remove(folder)
@@ -236,18 +239,18 @@ def _remove(folder: Path) -> None:
     folder.rmdir()
 
 
-def _open_database(folder: Path) -> sqlite3.Connection:
+def _open_database(folder: Path, fix: str) -> sqlite3.Connection:
     try:
         database = sqlite3.connect(folder / "state.sqlite", check_same_thread=False)
         database.executescript(
             f"PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA cache_size = -{_CACHE_KIB}; {_SCHEMA}"
         )
     except sqlite3.DatabaseError as error:
-        raise JobError(f"{folder}/state.sqlite: {error}; --restart begins the job anew") from error
+        raise JobError(f"{folder}/state.sqlite: {error}; {fix} begins the job anew") from error
     return database
 
 
-def _check_settings(journal: Journal, settings: Mapping[str, Any]) -> None:
+def _check_settings(journal: Journal, settings: Mapping[str, Any], fix: str) -> None:
     now = json.loads(json.dumps(settings))
     before = journal.get("settings")
     if before is None:
@@ -256,5 +259,5 @@ def _check_settings(journal: Journal, settings: Mapping[str, Any]) -> None:
         differ = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
         raise JobError(
             f"{journal.folder}: an unfinished job with other settings ({', '.join(differ)}); run it with the same, "
-            "or give --restart to begin anew"
+            f"or give {fix} to begin anew"
         )

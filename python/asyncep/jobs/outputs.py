@@ -1,23 +1,28 @@
-"""Rows of the output as JSONL, CSV or Parquet: parts as bytes, and parts joined to one file."""
+"""Rows of the output in any kind of file: parts as bytes, and parts joined to one file."""
 
 from __future__ import annotations
 
 import csv
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import orjson
 
-from asyncep.tasks.records import plain
+from asyncep.files.json_records import plain
+from asyncep.files.kinds import FileFormat, InputError
+from asyncep.files.opening import compressed
+from asyncep.files.rows import Row
+from asyncep.jobs.kept_columns import KeptValues, as_json, as_text, typed
+from asyncep.tasks.result_columns import ColumnKind, column_values, result_columns
 from asyncep.tasks.results import Classification
-from asyncep.tasks.rows import KINDS, InputError, Row
+from asyncep.tasks.task import TaskOptions
 
 _CHUNK = 1 << 20
 _DIGITS = 6
-_JSONL_FIELDS = frozenset(("row", "label", "probabilities", "log_probabilities", "error"))
+_NOTHING = Classification(None)
 
 
 class OutputFormat(Protocol):
@@ -27,156 +32,232 @@ class OutputFormat(Protocol):
         """The rows of one part."""
         ...
 
-    def join(self, parts: Iterable[Path], out: IO[bytes]) -> None:
+    def join(self, parts: Sequence[Path], out: IO[bytes]) -> None:
         """Writes the parts, in their order, as one file."""
         ...
 
 
-def output_format(path: Path, labels: Sequence[str], *, gold: bool, keep: Sequence[str]) -> OutputFormat:
-    """The format that a path's ending names.
+def output_format(
+    form: FileFormat,
+    options: TaskOptions,
+    *,
+    gold: bool,
+    keep: Sequence[str],
+    types: Mapping[str, Any] | None = None,
+    argument: str = "--keep",
+) -> OutputFormat:
+    """How rows are written in a format.
+
+    Args:
+        options: what is asked; the labels of the columns.
+        gold: whether there are true labels.
+        keep: the kept fields.
+        types: Arrow's types of those of them that have one.
+        argument: what the caller calls the kept fields.
 
     Raises:
-        InputError: none that is known.
+        InputError: a kept field has the name of one of the output's own.
     """
-    kind = path.suffix.lower()
-    if kind not in KINDS:
-        raise InputError(f"{path}: give a .jsonl, .csv or .parquet file to write")
-    if kind in (".jsonl", ".ndjson"):
-        if own := sorted({*_JSONL_FIELDS, *(["gold"] if gold else [])} & set(keep)):
-            raise InputError(f"--keep: the output has a field {', '.join(own)} of its own; rename yours")
-        return _Jsonl()
-    columns = ["row", *keep, *(["gold"] if gold else []), "label", "probability"]
-    columns += [f"p_{label}" for label in labels] + [f"logp_{label}" for label in labels] + ["error"]
+    if form.kind in ("jsonl", "json"):
+        fields = {"row", *_answered(_NOTHING, options), "error", *(["gold"] if gold else [])}
+        if own := sorted(fields & set(keep)):
+            raise InputError(f"{argument}: the output has a field {', '.join(own)} of its own; rename yours")
+        return _JsonLines(options) if form.kind == "jsonl" else _JsonArray(options)
+    kinds = _columns(options)
+    columns = ["row", *keep, *(["gold"] if gold else []), *kinds]
     if len(set(columns)) != len(columns):
         twice = sorted({name for name in columns if columns.count(name) > 1})
-        raise InputError(f"--keep: the output has a column {', '.join(twice)} of its own; rename yours")
-    return _Csv(columns) if kind == ".csv" else _Parquet(columns, labels, keep)
+        raise InputError(f"{argument}: the output has a column {', '.join(twice)} of its own; rename yours")
+    if form.kind in ("csv", "tsv"):
+        return _Csv(columns, options, "," if form.kind == "csv" else "\t")
+    return _Columnar(columns, options, keep, types or {}, parquet=form.kind == "parquet")
 
 
-def join_parts(unfinished: Path, parts: Iterable[Path], form: OutputFormat) -> None:
+def join_parts(unfinished: Path, parts: Sequence[Path], form: OutputFormat, compression: FileFormat) -> None:
     """Makes one file of the parts, durable, under a name that is not the output's yet."""
     # Taken away first: after a kill its inode may be the output's already.
     unfinished.unlink(missing_ok=True)
     with unfinished.open("xb") as out:
-        form.join(parts, out)
+        with compressed(out, compression.compression) as stream:
+            form.join(parts, stream)
         out.flush()
         os.fsync(out.fileno())
 
 
-def _as_text(value: Any) -> str | None:
-    """A kept value for a column of text: strings as they are, dates and decimals as they print, the rest as JSON."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, bool | list | dict):
-        return orjson.dumps(value, default=plain).decode()
-    return str(value)
-
-
-def _record(row: Row, answer: Classification) -> dict[str, Any]:
+def _record(row: Row) -> dict[str, Any]:
     record: dict[str, Any] = {"row": row.number, **row.kept}
     if row.gold is not None:
         record["gold"] = row.gold
     return record
 
 
-def _flat(row: Row, answer: Classification) -> dict[str, Any]:
-    record = _record(row, answer)
+def _answered(answer: Classification, options: TaskOptions) -> dict[str, Any]:
+    """The fields of a row's answer in JSON."""
+    fields: dict[str, Any] = {"labels": list(answer.labels)} if options.multi_label else {"label": answer.label}
+    fields["probabilities"] = {k: round(v, _DIGITS) for k, v in answer.probabilities.items()}
+    fields["log_probabilities"] = {k: round(v, _DIGITS) for k, v in answer.log_probabilities.items()}
+    if options.truncate is not None:
+        fields["cut_characters"] = answer.cut_characters
+    return fields
+
+
+def _columns(options: TaskOptions) -> dict[str, ColumnKind]:
+    """The columns of a row's answer in a table, with their kinds."""
+    columns = result_columns(options)
+    error = columns.pop("error")
+    return {**columns, **{f"logp_{label}": "number" for label in options.labels}, "error": error}
+
+
+def _flat(row: Row, answer: Classification, options: TaskOptions) -> dict[str, Any]:
+    record = _record(row)
     if answer.label is None:
         record["error"] = answer.error
         return record
-    record["label"] = answer.label
-    record["probability"] = round(answer.probabilities[answer.label], _DIGITS)
-    for label, value in answer.probabilities.items():
-        record[f"p_{label}"] = round(value, _DIGITS)
+    values = {name: values[0] for name, values in column_values([answer], options).items()}
+    record.update({name: round(v, _DIGITS) if isinstance(v, float) else v for name, v in values.items()})
     for label, value in answer.log_probabilities.items():
         record[f"logp_{label}"] = round(value, _DIGITS)
     return record
 
 
-def _append(parts: Iterable[Path], out: IO[bytes]) -> None:
-    for part in parts:
-        with part.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                out.write(chunk)
+def _chunks(part: Path) -> Iterator[bytes]:
+    with part.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
 
 
-class _Jsonl:
+class _JsonLines:
+    def __init__(self, options: TaskOptions) -> None:
+        self._options = options
+
     def part(self, rows: Sequence[Row], answers: Sequence[Classification]) -> bytes:
         lines = []
         for row, answer in zip(rows, answers, strict=True):
-            record = _record(row, answer)
+            record = _record(row)
             if answer.label is None:
                 record["error"] = answer.error
             else:
-                record["label"] = answer.label
-                record["probabilities"] = {k: round(v, _DIGITS) for k, v in answer.probabilities.items()}
-                record["log_probabilities"] = {k: round(v, _DIGITS) for k, v in answer.log_probabilities.items()}
+                record.update(_answered(answer, self._options))
             lines.append(orjson.dumps(record, default=plain))
         return b"\n".join(lines) + b"\n" if lines else b""
 
-    def join(self, parts: Iterable[Path], out: IO[bytes]) -> None:
-        _append(parts, out)
+    def join(self, parts: Sequence[Path], out: IO[bytes]) -> None:
+        for part in parts:
+            for chunk in _chunks(part):
+                out.write(chunk)
+
+
+class _JsonArray(_JsonLines):
+    """The lines of JSONL with commas between them: JSON has no line break within a value."""
+
+    def join(self, parts: Sequence[Path], out: IO[bytes]) -> None:
+        out.write(b"[")
+        before = b"\n"
+        for part in parts:
+            with part.open("rb") as lines:
+                for line in lines:
+                    out.write(before + line.rstrip(b"\n"))
+                    before = b",\n"
+        out.write(b"\n]\n")
 
 
 class _Csv:
-    def __init__(self, columns: Sequence[str]) -> None:
-        self._columns = list(columns)
+    def __init__(self, columns: Sequence[str], options: TaskOptions, delimiter: str) -> None:
+        self._columns, self._options = list(columns), options
+        self._delimiter = delimiter
 
     def part(self, rows: Sequence[Row], answers: Sequence[Classification]) -> bytes:
         lines = []
         for row, answer in zip(rows, answers, strict=True):
-            record = _flat(row, answer)
-            for name in row.kept:
-                record[name] = _as_text(record[name])
-            lines.append(self._line([record.get(name) for name in self._columns]))
+            record = _flat(row, answer, self._options)
+            lines.append(self._line([as_text(record.get(name)) for name in self._columns]))
         return "".join(lines).encode("utf-8", "replace")
 
-    def join(self, parts: Iterable[Path], out: IO[bytes]) -> None:
+    def join(self, parts: Sequence[Path], out: IO[bytes]) -> None:
         out.write(self._line(self._columns).encode("utf-8", "replace"))
-        _append(parts, out)
+        for part in parts:
+            for chunk in _chunks(part):
+                out.write(chunk)
 
     def _line(self, values: Sequence[Any]) -> str:
         text = io.StringIO(newline="")
         # The writer quotes a field for the characters of its line ending only, and a reader takes either for an end.
-        csv.writer(text, lineterminator="\r\n").writerow(values)
+        csv.writer(text, delimiter=self._delimiter, lineterminator="\r\n").writerow(values)
         return text.getvalue()[:-2] + "\n"
 
 
-class _Parquet:
-    """A part is Arrow's stream format; joined, each becomes a row group."""
+class _Columnar:
+    """A part is Arrow's stream format; joined, each becomes a row group, or a batch of an IPC file.
 
-    def __init__(self, columns: Sequence[str], labels: Sequence[str], keep: Sequence[str]) -> None:
+    Kept fields whose type is not known beforehand stand in the parts as JSON.
+    """
+
+    def __init__(
+        self,
+        columns: Sequence[str],
+        options: TaskOptions,
+        keep: Sequence[str],
+        types: Mapping[str, Any],
+        *,
+        parquet: bool,
+    ) -> None:
         import pyarrow
 
-        floats = {"probability", *(f"p_{label}" for label in labels), *(f"logp_{label}" for label in labels)}
-        # Kept fields become text: their type may differ from row to row, and columns have one.
-        self._texts = {*keep}
-        self._schema = pyarrow.schema(
-            [
-                (name, pyarrow.int64() if name == "row" else pyarrow.float64() if name in floats else pyarrow.string())
-                for name in columns
-            ]
-        )
+        self._options, self._parquet = options, parquet
+        of_kinds: dict[ColumnKind, Any] = {
+            "text": pyarrow.string(),
+            "texts": pyarrow.list_(pyarrow.string()),
+            "number": pyarrow.float64(),
+            "count": pyarrow.int64(),
+        }
+        self._untyped = [name for name in keep if name not in types]
+        known = {"row": pyarrow.int64(), **{name: of_kinds[kind] for name, kind in _columns(options).items()}}
+        known.update({name: types[name] for name in keep if name in types})
+        self._schema = pyarrow.schema([(name, known.get(name, pyarrow.string())) for name in columns])
 
     def part(self, rows: Sequence[Row], answers: Sequence[Classification]) -> bytes:
         import pyarrow
 
-        records = [_flat(row, answer) for row, answer in zip(rows, answers, strict=True)]
-        for record in records if self._texts else ():
-            for name in self._texts:
-                record[name] = _as_text(record.get(name))
+        records = [_flat(row, answer, self._options) for row, answer in zip(rows, answers, strict=True)]
+        for record in records if self._untyped else ():
+            for name in self._untyped:
+                record[name] = as_json(record.get(name))
         batch = pyarrow.RecordBatch.from_pylist(records, schema=self._schema)
         sink = pyarrow.BufferOutputStream()
         with pyarrow.ipc.new_stream(sink, self._schema) as stream:
             stream.write_batch(batch)
         return bytes(sink.getvalue())
 
-    def join(self, parts: Iterable[Path], out: IO[bytes]) -> None:
+    def join(self, parts: Sequence[Path], out: IO[bytes]) -> None:
         import pyarrow
         import pyarrow.parquet
 
-        with pyarrow.parquet.ParquetWriter(out, self._schema, compression="zstd") as writer:
-            for part in parts:
-                with part.open("rb") as file, pyarrow.ipc.open_stream(file) as stream:
-                    for batch in stream:
-                        writer.write_batch(batch)
+        kinds = {name: KeptValues() for name in self._untyped}
+        for batch in _batches(parts) if kinds else ():
+            for name, kind in kinds.items():
+                kind.add(batch.column(name).to_pylist())
+        schema = self._schema
+        for name, kind in kinds.items():
+            schema = schema.set(schema.get_field_index(name), pyarrow.field(name, kind.arrow_type()))
+        writer = (
+            pyarrow.parquet.ParquetWriter(out, schema, compression="zstd")
+            if self._parquet
+            else pyarrow.ipc.new_file(out, schema)
+        )
+        with writer:
+            for batch in _batches(parts):
+                arrays = [
+                    typed(batch.column(field.name).to_pylist(), field.type)
+                    if field.name in kinds
+                    else batch.column(field.name)
+                    for field in schema
+                ]
+                writer.write_batch(pyarrow.RecordBatch.from_arrays(arrays, schema=schema))
+
+
+def _batches(parts: Iterable[Path]) -> Iterator[Any]:
+    import pyarrow
+
+    for part in parts:
+        with part.open("rb") as file, pyarrow.ipc.open_stream(file) as stream:
+            yield from stream

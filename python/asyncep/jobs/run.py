@@ -12,35 +12,46 @@ from pathlib import Path
 from typing import Any
 
 from asyncep.client.errors import OptionError
-from asyncep.client.labels import LabelScores
+from asyncep.files.rows import Row
+from asyncep.jobs.estimate import Estimate, estimated
 from asyncep.jobs.journal import JobError, Journal, digest_of, open_journal
-from asyncep.jobs.outputs import OutputFormat, join_parts, output_format
-from asyncep.jobs.spec import JobResult, JobSpec, Progress, file_facts
+from asyncep.jobs.outputs import OutputFormat, join_parts
+from asyncep.jobs.spec import JobResult, JobSpec, Progress
 from asyncep.own_files import check_free, identity, put_in_place
+from asyncep.tasks.gold import as_label, label_text
 from asyncep.tasks.results import Classification
-from asyncep.tasks.rows import Row
 from asyncep.tasks.session import Session
 from asyncep.tasks.summary import Summary
-from asyncep.tasks.task import Task
+from asyncep.tasks.task import Task, TextScores
 
 logger = logging.getLogger("asyncep")
 
 # Answers are kept at least so often: what a kill costs at most.
 _KEEP_SECONDS = 1.0
 _WINDOWS_UNDER_WAY = 2
+# Places in `JobSpec.writes`, and the keys under which the journal knows the job's own files.
+_OUTPUT, _REPORT = 0, 1
+_WRITTEN = ("written output", "written report")
 
 
 OnProgress = Callable[[Progress], None]
 OnDone = Callable[[JobResult], None]
+OnBegin = Callable[[Estimate], None]
 
 
 async def run_job(
-    spec: JobSpec, session: Session, *, on_progress: OnProgress | None = None, on_done: OnDone | None = None
+    spec: JobSpec,
+    session: Session,
+    *,
+    on_progress: OnProgress | None = None,
+    on_done: OnDone | None = None,
+    on_begin: OnBegin | None = None,
 ) -> JobResult:
     """Does the job, or what is left of it.
 
     Args:
         on_progress: told after each batch and each part.
+        on_begin: told what it will cost, before the first row is computed.
         on_done: called when output and report are in place and before the record of the job is removed.
 
     Raises:
@@ -49,26 +60,29 @@ async def run_job(
         JobError: the job's folder cannot be used, or the input changed on the way.
         ServerError: the server failed; what is done is kept.
     """
-    form = output_format(
-        spec.output, spec.options.labels, gold=spec.source.gold_field is not None, keep=spec.source.keep
-    )
+    spec.rows_as()
     spec.check_files()
     await asyncio.to_thread(spec.source.check)
+    form = spec.rows_as(await asyncio.to_thread(spec.source.kept_types))
     settings = spec.settings(session.facts.model)
-    with open_journal(spec.output, settings, restart=spec.restart) as journal:
-        for flag, path in spec.writes:
-            check_free(flag, path, overwrite=spec.overwrite, own=journal.get(f"written {flag}"))
-        if not _is_own(journal, "OUT", spec.output):
+    words = spec.words
+    with open_journal(spec.output, settings, restart=spec.restart, fix=words.restart) as journal:
+        for number, (flag, path) in enumerate(spec.writes):
+            check_free(flag, path, overwrite=spec.overwrite, own=journal.get(_WRITTEN[number]), fix=words.overwrite)
+        if not _is_own(journal, _OUTPUT, spec.output):
             task = await _task(spec, session, journal)
+            if on_begin:
+                on_begin(await estimated(spec.source, await asyncio.to_thread(spec.source.count), session, task))
             await _Job(spec, session, task, journal, form, on_progress or _nothing).run()
             await asyncio.to_thread(_check_whole, spec, settings, journal)
             parts = [journal.part_path(number) for number in sorted(journal.done)]
-            await asyncio.to_thread(join_parts, journal.joined_path, parts, form)
-            _put(journal, "OUT", journal.joined_path, spec)
-        summary = Summary(list(spec.options.labels))
+            await asyncio.to_thread(join_parts, journal.joined_path, parts, form, spec.format)
+            _put(journal, _OUTPUT, journal.joined_path, spec)
+        outcomes, multi = spec.options.outcomes, spec.options.multi_label
+        summary = Summary(outcomes, multi=multi)
         for counts in journal.counts():
-            summary.merge(Summary.from_json(spec.options.labels, counts))
-        result = JobResult(summary, journal.figures(), settings, spec.output)
+            summary.merge(Summary.from_json(outcomes, counts, multi=multi))
+        result = JobResult(summary, journal.figures(), settings, spec.output, spec.report)
         if spec.report:
             await asyncio.to_thread(_report, journal, result, spec)
         if on_done:
@@ -77,16 +91,17 @@ async def run_job(
     return result
 
 
-def _is_own(journal: Journal, flag: str, path: Path) -> bool:
+def _is_own(journal: Journal, number: int, path: Path) -> bool:
     """Whether what stands there is this job's, from a run that was killed afterwards."""
     found = identity(path)
-    return found is not None and found == journal.get(f"written {flag}")
+    return found is not None and found == journal.get(_WRITTEN[number])
 
 
-def _put(journal: Journal, flag: str, unfinished: Path, spec: JobSpec) -> None:
+def _put(journal: Journal, number: int, unfinished: Path, spec: JobSpec) -> None:
     spec.check_files()
-    journal.put(f"written {flag}", identity(unfinished))
-    put_in_place(flag, unfinished, dict(spec.writes)[flag], overwrite=spec.overwrite)
+    journal.put(_WRITTEN[number], identity(unfinished))
+    flag, path = spec.writes[number]
+    put_in_place(flag, unfinished, path, overwrite=spec.overwrite, fix=spec.words.overwrite)
 
 
 def _report(journal: Journal, result: JobResult, spec: JobSpec) -> None:
@@ -96,21 +111,20 @@ def _report(journal: Journal, result: JobResult, spec: JobSpec) -> None:
     assert spec.report is not None
     # The report may belong on another file system than the output, so it cannot wait in the journal's folder.
     unfinished = spec.report.with_name(f".{spec.report.name}.{journal.name}.tmp")
-    if not _is_own(journal, "--report", spec.report):
+    if not _is_own(journal, _REPORT, spec.report):
         unfinished.write_text(html_report(result, spec.peak), encoding="utf-8")
-        _put(journal, "--report", unfinished, spec)
+        _put(journal, _REPORT, unfinished, spec)
     unfinished.unlink(missing_ok=True)
 
 
 def _check_whole(spec: JobSpec, settings: dict[str, Any], journal: Journal) -> None:
     """Holds the rows that were written against those of the input, which must be what it was at the start."""
-    if file_facts(spec.source.path) != settings["input"]:
-        raise JobError(f"{spec.source.path}: has changed while the job ran; give --restart to begin anew")
+    fix = f"give {spec.words.restart} to begin anew"
+    if spec.source.facts() != settings["input"]:
+        raise JobError(f"{spec.source.path}: has changed while the job ran; {fix}")
     written, there = sum(counts["rows"] for counts in journal.counts()), spec.source.count()
     if written != there:
-        raise JobError(
-            f"{spec.source.path}: has {there} rows, and {written} were written; give --restart to begin anew"
-        )
+        raise JobError(f"{spec.source.path}: has {there} rows, and {written} were written; {fix}")
 
 
 async def _task(spec: JobSpec, session: Session, journal: Journal) -> Task:
@@ -118,16 +132,16 @@ async def _task(spec: JobSpec, session: Session, journal: Journal) -> Task:
     offsets = journal.get("offsets")
     options = spec.options
     if offsets is not None:
-        return replace(await session.prepare(replace(options, calibrate=())), offsets=offsets)
+        return replace(await session.prepare(replace(options, calibrate=())), offsets=tuple(offsets))
     if spec.calibration is not None:
         spec.calibration.check()
         rows = list(spec.calibration.rows())
         texts = tuple(row.text for row in rows if row.text is not None)
         if not texts:
-            raise OptionError(f"--calibration {spec.calibration.path}: no row has a text")
+            raise OptionError(f"{spec.words.calibration} {spec.calibration.path}: no row has a text")
         if bad := [row for row in rows if row.text is None]:
             told = f"{len(bad)} of {len(rows)} rows are left out, the first of them row {bad[0].number}: {bad[0].error}"
-            logger.warning("--calibration %s: %s", spec.calibration.path, told)
+            logger.warning("%s %s: %s", spec.words.calibration, spec.calibration.path, told)
         options = replace(options, calibrate=texts)
     task = await session.prepare(options)
     journal.put("offsets", task.offsets)
@@ -138,7 +152,7 @@ async def _task(spec: JobSpec, session: Session, journal: Journal) -> Task:
 class _Window:
     """A window under way: its scores by text, and whether they are all there."""
 
-    scores: dict[str, LabelScores | str] = field(default_factory=dict)
+    scores: dict[str, TextScores | str] = field(default_factory=dict)
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -197,25 +211,23 @@ class _Job:
         missing = []
         for text, digest in digests.items():
             if digest in known:
-                scores[text] = LabelScores(known[digest], ())
+                scores[text] = self._known(known[digest])
             elif text not in elsewhere:
                 missing.append(text)
                 self._computing[digest] = window
         self._advance(sum(copies[text] for text in scores) + sum(row.text is None for row in rows))
 
-        def take(numbers: Sequence[int], results: Sequence[LabelScores | str]) -> None:
+        def take(numbers: Sequence[int], results: Sequence[TextScores | str]) -> None:
             for i, result in zip(numbers, results, strict=True):
                 scores[missing[i]] = result
-                if isinstance(result, LabelScores):
-                    self._answers.append((digests[missing[i]], result.scores))
+                if isinstance(result, TextScores):
+                    # How much of the text was cut stands behind its scores.
+                    self._answers.append((digests[missing[i]], (*result.scores, result.cut)))
             self._advance(sum(copies[missing[i]] for i in numbers))
             if time.monotonic() - self._kept > _KEEP_SECONDS and (self._keeping is None or self._keeping.done()):
                 self._keeping = asyncio.create_task(self._keep())
 
-        prompts = await self._session.tokens.encode(
-            [self._task.template.render(text) for text in missing], special=self._task.special
-        )
-        await self._session.scorer.score(prompts, self._task.label_set, take, behind=True)
+        await self._session.score_texts(missing, self._task, take, behind=True)
         window.done.set()
         for text, other in elsewhere.items():
             await other.done.wait()
@@ -228,14 +240,23 @@ class _Job:
         async with self._database:
             await asyncio.to_thread(self._journal.add_part, number, content, counts, self._figures())
 
-    def _part(self, rows: list[Row], scores: dict[str, LabelScores | str]) -> tuple[bytes, dict[str, Any]]:
-        summary = Summary(self._task.labels)
-        answers = []
+    def _known(self, kept: tuple[float, ...]) -> TextScores:
+        """A text's scores as they were kept."""
+        return TextScores(kept[:-1], cut=int(kept[-1]))
+
+    def _part(self, rows: list[Row], scores: dict[str, TextScores | str]) -> tuple[bytes, dict[str, Any]]:
+        options = self._task.options
+        summary = Summary(options.outcomes, multi=options.multi_label)
+        labels = frozenset(options.outcomes)
+        shown, answers = [], []
         for row in rows:
             answer = Classification(None, error=row.error) if row.text is None else self._task.decide(scores[row.text])
+            gold = label_text(row.gold)
+            gold = gold if options.multi_label else as_label(gold, labels)
             answers.append(answer)
-            summary.add(row.gold, answer.label, answer.probability, answer.error)
-        return self._form.part(rows, answers), summary.as_json()
+            shown.append(replace(row, gold=gold))
+            summary.add_answer(row.number, row.text, gold, answer)
+        return self._form.part(shown, answers), summary.as_json()
 
     async def _keep(self) -> None:
         answers, self._answers = self._answers, []

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
@@ -13,9 +13,14 @@ _END = object()
 
 
 class LoopThread:
-    """Runs coroutines for other threads and for other loops."""
+    """Runs coroutines for other threads and for other loops.
 
-    def __init__(self) -> None:
+    Args:
+        explain: makes the error that a caller gets out of the one that was raised.
+    """
+
+    def __init__(self, explain: Callable[[Exception], Exception] = lambda error: error) -> None:
+        self._explain = explain
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="asyncep-runtime", daemon=True)
         self._thread.start()
@@ -25,13 +30,29 @@ class LoopThread:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
+        except Exception as error:
+            future.cancel()
+            self._raise(error)
         except BaseException:
             future.cancel()
             raise
 
     def start(self, work: Coroutine[Any, Any, T]) -> Awaitable[T]:
         """Starts it; the caller's loop may await the result, and cancelling that cancels it."""
-        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+        future = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+        return asyncio.ensure_future(self._result(future))
+
+    async def _result(self, future: asyncio.Future[T]) -> T:
+        try:
+            return await future
+        except Exception as error:
+            self._raise(error)
+
+    def _raise(self, error: Exception) -> NoReturn:
+        explained = self._explain(error)
+        if explained is error:
+            raise error
+        raise explained from error
 
     def iterate(self, source: AsyncIterator[T]) -> Iterator[T]:
         """Its items, for a thread without a loop."""

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
+import os
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from types import TracebackType
@@ -12,19 +17,21 @@ from typing import Any, overload
 from typing_extensions import Unpack
 
 from asyncep.client.address import server_url
-from asyncep.client.errors import OptionError
+from asyncep.client.errors import OptionError, ServerError
 from asyncep.client.scorer import Totals
 from asyncep.client.tokens import Untokenized
+from asyncep.files.kinds import FileFormat, ReadOptions
+from asyncep.files.rows import RowSource
+from asyncep.files.wording import PYTHON
 from asyncep.jobs.run import OnProgress, run_job
 from asyncep.jobs.spec import JobResult, JobSpec
-from asyncep.local_server import local_server
+from asyncep.local_server import how_it_ended, local_server
 from asyncep.runtime.flags import flags_of, key_of, without_password
 from asyncep.runtime.loop import LoopThread
-from asyncep.runtime.windows import WINDOW, in_order, windows
-from asyncep.tasks.arguments import task_options
-from asyncep.tasks.frames import check_frame, is_frame, library_of, listed, texts_of, with_results
+from asyncep.runtime.windows import in_order
+from asyncep.tasks.arguments import LabelsGiven, task_options
+from asyncep.tasks.frames import is_array, is_frame, listed, tabular
 from asyncep.tasks.results import Classification, Ranked, Score, TokenLogProbs
-from asyncep.tasks.rows import RowSource
 from asyncep.tasks.session import RerankOptions, Session, open_session
 from asyncep.tasks.task import PromptOptions, TaskOptions
 
@@ -47,6 +54,8 @@ class Runtime:
         model: checkpoint folder or hub name.
         dp_size: ranks.
         start_seconds: how long the ranks may take to come up.
+        show_start: print to standard error that the ranks are starting, every ten seconds what they print, and when
+            they are ready.
         **options: any other flag of ``asyncep serve``, with underscores: ``dtype="float32"``,
             ``asyncep_kernels="sglang"``; True for a flag without value, a list for one with several, None to leave it
             out.
@@ -58,8 +67,19 @@ class Runtime:
         sport 0.98
     """
 
-    def __init__(self, model: str, dp_size: int = 1, *, start_seconds: float = 600, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        dp_size: int = 1,
+        *,
+        start_seconds: float = 600,
+        show_start: bool = True,
+        **options: Any,
+    ) -> None:
         self._model: str | None = str(model)
+        self._show_start = show_start
+        self._ranks = dp_size
+        self._process: subprocess.Popen[bytes] | None = None
         # Keys go by the environment: anybody on the host can read a command line.
         keys = {variable: key_of(name, options.pop(name, None), variable) for name, variable in _KEYS.items()}
         self._environment = {variable: key for variable, key in keys.items() if key}
@@ -110,25 +130,33 @@ class Runtime:
             raise RuntimeError("this runtime is started already")
         with contextlib.ExitStack() as stack:
             if self._model is not None:
+                began = time.monotonic()
+                self._show(f"starting {self._model} with {self._ranks} rank(s) …")
                 self._url = stack.enter_context(
                     local_server(
                         self._model,
                         self._flags,
                         start_seconds=self._start_seconds,
                         environment=self._environment,
+                        on_wait=lambda seconds, line: self._show(f"still starting after {seconds:.0f} s: {line}"),
+                        on_start=self._take,
                     )
                 )
-            loop = LoopThread()
+                self._show(f"ready after {time.monotonic() - began:.0f} s at {self._url}")
+            loop = LoopThread(self._explained)
             stack.callback(loop.stop)
             opened = open_session(self._url or "", api_key=self._api_key)
             self._session = loop.run(opened.__aenter__())
             stack.callback(lambda: loop.run(opened.__aexit__(None, None, None)))
             self._loop = loop
             self._stack = stack.pop_all()
+        # A program that ends without closing it leaves nothing behind, and says nothing.
+        atexit.register(self.close)
         return self
 
     def close(self) -> None:
         """Ends what `start` began; the ranks stop. A second call does nothing."""
+        atexit.unregister(self.close)
         if self._stack is not None:
             stack, self._stack = self._stack, None
             self._session = None
@@ -157,6 +185,18 @@ class Runtime:
             what = f"Runtime.connect({without_password(self._url)!r})"
         return f"<{what}, {'started' if self._stack is not None else 'not started'}>"
 
+    def _show(self, line: str) -> None:
+        if self._show_start:
+            print(f"asyncep: {line}", file=sys.stderr, flush=True)
+
+    def _take(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    def _explained(self, error: Exception) -> Exception:
+        """A server that is gone because it was killed is named."""
+        ended = how_it_ended(self._process) if self._process is not None and isinstance(error, ServerError) else ""
+        return ServerError(f"{ended}; start a new Runtime. {error}") if ended else error
+
     @property
     def url(self) -> str:
         """Where its server answers; other clients may use it too."""
@@ -173,36 +213,41 @@ class Runtime:
 
     @overload
     def classify(
-        self, texts: Sequence[str], labels: Sequence[str], *, text: str = "text", **options: Unpack[PromptOptions]
+        self, texts: Sequence[str], labels: LabelsGiven, *, text: str = "text", **options: Unpack[PromptOptions]
     ) -> list[Classification]: ...
 
     @overload
     def classify(
-        self, texts: Iterator[str], labels: Sequence[str], *, text: str = "text", **options: Unpack[PromptOptions]
+        self, texts: Iterator[str], labels: LabelsGiven, *, text: str = "text", **options: Unpack[PromptOptions]
     ) -> Iterator[Classification]: ...
 
     @overload
     def classify(
-        self, texts: object, labels: Sequence[str], *, text: str = "text", **options: Unpack[PromptOptions]
+        self, texts: object, labels: LabelsGiven, *, text: str = "text", **options: Unpack[PromptOptions]
     ) -> Any: ...
 
     def classify(
-        self, texts: object, labels: Sequence[str], *, text: str = "text", **options: Unpack[PromptOptions]
+        self, texts: object, labels: LabelsGiven, *, text: str = "text", **options: Unpack[PromptOptions]
     ) -> Any:
         """The most probable label of each text.
 
         Args:
-            texts: a list of strings; an iterator or generator of them, read as needed and never held whole; or a frame
-                or column of pandas, polars or Arrow.
-            labels: at least two. One of several tokens is scored by its full log-likelihood.
-            text: the frame's column with the texts.
+            texts: a list or array of strings; an iterator or generator of them, read as needed and never held whole; or
+                a table: a frame or column of pandas, polars (lazy ones too), Arrow or Hugging Face's datasets, or
+                columns in a mapping.
+            labels: at least two strings; or with what is known of them, as `read_labels` says: a mapping from label to
+                description, or a list with objects. One of several tokens is scored by its full log-likelihood.
+            text: the table's column with the texts.
             **options: of `PromptOptions`: ``template``, ``examples``, ``calibrate`` (neutral texts, one or a list),
-                ``chat``, ``system``, ``length``.
+                ``chat``, ``system``, ``length``, ``descriptions``, ``words``, ``multi_label``, ``threshold``,
+                ``other_below``, ``other``, ``truncate``.
 
         Returns:
-            For a list, a list of `Classification` in its order; for an iterator, an iterator of them; for a frame, the
-            frame with the columns ``label``, ``probability``, ``p_LABEL`` and ``error`` added (of the same library). A
-            text that cannot be classified has an error in place of its label; the others are not affected.
+            For a list, a list of `Classification` in its order. For an iterator, an iterator of them: the first comes
+            soon after the first text, however slow the source is; what the source raises comes after the answers to
+            the texts before. For a table, the same with the columns ``label``, ``probability``, ``p_LABEL`` and
+            ``error`` added (with `multi_label`, ``labels`` in place of the first two). A text that cannot be classified
+            has an error in place of its label; the others are not affected.
 
         Raises:
             OptionError: an argument that cannot be used, named.
@@ -218,26 +263,26 @@ class Runtime:
         """
         session, loop = self._need()
         wanted = task_options(labels, options)
-        if library_of(texts):
-            check_frame(texts, wanted.labels)
-            results = loop.run(_classify(session, texts_of(texts, text), wanted))
-            return with_results(texts, results, wanted.labels)
-        if isinstance(texts, Sequence | Mapping | Set) or not isinstance(texts, Iterable):
-            return loop.run(_classify(session, _strings(texts), wanted))
+        table = tabular(texts, text)
+        if table is not None:
+            table.check(wanted)
+            return table.with_results(loop.run(session.classify_as(table.texts, wanted)), wanted)
+        if isinstance(texts, Sequence | Set) or is_array(texts) or not isinstance(texts, Iterable):
+            return loop.run(session.classify_as(_strings(texts), wanted))
         return loop.iterate(_stream(session, texts, wanted))
 
     @overload
     async def aclassify(
-        self, texts: Sequence[str], labels: Sequence[str], *, text: str = "text", **options: Unpack[PromptOptions]
+        self, texts: Sequence[str], labels: LabelsGiven, *, text: str = "text", **options: Unpack[PromptOptions]
     ) -> list[Classification]: ...
 
     @overload
     async def aclassify(
-        self, texts: object, labels: Sequence[str], *, text: str = "text", **options: Unpack[PromptOptions]
+        self, texts: object, labels: LabelsGiven, *, text: str = "text", **options: Unpack[PromptOptions]
     ) -> Any: ...
 
     async def aclassify(
-        self, texts: object, labels: Sequence[str], *, text: str = "text", **options: Unpack[PromptOptions]
+        self, texts: object, labels: LabelsGiven, *, text: str = "text", **options: Unpack[PromptOptions]
     ) -> Any:
         """`classify` for a caller with an event loop: lists and frames. For iterators there is `astream`.
 
@@ -250,14 +295,14 @@ class Runtime:
         """
         session, loop = self._need()
         wanted = task_options(labels, options)
-        if library_of(texts):
-            check_frame(texts, wanted.labels)
-            results = await loop.start(_classify(session, texts_of(texts, text), wanted))
-            return with_results(texts, results, wanted.labels)
-        return await loop.start(_classify(session, _strings(texts), wanted))
+        table = tabular(texts, text)
+        if table is not None:
+            table.check(wanted)
+            return table.with_results(await loop.start(session.classify_as(table.texts, wanted)), wanted)
+        return await loop.start(session.classify_as(_strings(texts), wanted))
 
     def astream(
-        self, texts: Iterable[str] | AsyncIterable[str], labels: Sequence[str], **options: Unpack[PromptOptions]
+        self, texts: Iterable[str] | AsyncIterable[str], labels: LabelsGiven, **options: Unpack[PromptOptions]
     ) -> AsyncIterator[Classification]:
         """`classify` of an iterator for a caller with an event loop: results come in the order of the texts.
 
@@ -280,7 +325,7 @@ class Runtime:
         self,
         source: str | Path,
         output: str | Path,
-        labels: Sequence[str],
+        labels: LabelsGiven,
         *,
         text: str = "text",
         gold: str | None = None,
@@ -289,6 +334,13 @@ class Runtime:
         shard: tuple[int, int] = (0, 1),
         restart: bool = False,
         overwrite: bool = False,
+        report: str | Path | None = None,
+        input_format: str | None = None,
+        output_format: str | None = None,
+        encoding: str | None = None,
+        delimiter: str | None = None,
+        quote: str = '"',
+        header: bool = True,
         on_progress: OnProgress | None = None,
         **options: Unpack[PromptOptions],
     ) -> JobResult:
@@ -298,12 +350,18 @@ class Runtime:
         each row once.
 
         Args:
-            source, output: ``.jsonl``, ``.csv`` or ``.parquet`` files.
+            source, output: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet`` or ``.arrow`` files, each also with
+                ``.gz`` or ``.zst``.
             text, gold, keep: fields with the text, the true label (for accuracy), and what to carry over.
             limit: only the first so many rows.
             shard: (i, n), from (0, 1): only the i-th of n parts of them.
             restart: forget what an unfinished run has done.
-            overwrite: write over an `output` that is there already; never over `source`.
+            overwrite: write over an `output` and a `report` that are there already; never over `source`.
+            report: where to write an HTML report; None for none.
+            input_format, output_format: such as ``csv`` or ``jsonl.gz``, where the files' names do not say it.
+            encoding: of a file of text; by default UTF-8, or what a byte-order mark says.
+            delimiter, quote, header: of CSV and TSV. The delimiter is found by the columns; without a header the
+                columns are called 1, 2, …
             on_progress: told now and then, from another thread.
             **options: those of `classify`.
 
@@ -322,8 +380,19 @@ class Runtime:
             (2, 0)
         """
         session, loop = self._need()
-        rows = RowSource(Path(source), text, gold, tuple(keep), limit, shard)
-        spec = JobSpec(rows, Path(output), task_options(labels, options), restart=restart, overwrite=overwrite)
+        if isinstance(keep, str):
+            raise OptionError("keep: a list of fields is needed, not str")
+        known = None if input_format is None else FileFormat.named(input_format, PYTHON.input_format)
+        reading = ReadOptions(known, encoding, delimiter, quote, header)
+        spec = JobSpec(
+            RowSource(Path(source), text, gold, tuple(keep), limit, shard, reading, words=PYTHON),
+            Path(output),
+            task_options(labels, options),
+            restart=restart,
+            overwrite=overwrite,
+            report=None if report is None else Path(report),
+            form=None if output_format is None else FileFormat.named(output_format, PYTHON.output_format),
+        )
         return loop.run(run_job(spec, session, on_progress=on_progress))
 
     # Scores
@@ -477,10 +546,6 @@ class Runtime:
         return self._session, self._loop
 
 
-async def _classify(session: Session, texts: Sequence[str], options: TaskOptions) -> list[Classification]:
-    return await session.classify(texts, await session.prepare(options))
-
-
 async def _stream(
     session: Session, texts: Iterable[str] | AsyncIterable[str], options: TaskOptions
 ) -> AsyncIterator[Classification]:
@@ -489,11 +554,14 @@ async def _stream(
     async def work(window: list[str]) -> list[Classification]:
         return await session.classify(window, task)
 
-    async for result in in_order(windows(texts, WINDOW), work):
-        yield result
+    async with contextlib.aclosing(in_order(texts, work)) as results:
+        async for result in results:
+            yield result
 
 
 def _strings(texts: Any) -> Sequence[str]:
+    if is_array(texts):
+        return listed("texts", texts)
     if isinstance(texts, str | bytes) or not isinstance(texts, Sequence):
         raise OptionError(f"texts: a list of strings or a frame is needed, not {type(texts).__name__}")
     return texts

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
 from asyncep.client.errors import OptionError
 from asyncep.tasks.frames import listed
+from asyncep.tasks.label_files import Labels, labels_from, read_labels
 from asyncep.tasks.task import PromptOptions, TaskOptions
 
 _Declared = TypeVar("_Declared")
+# Names; names and mappings, or one mapping, as a file of labels has them; or such a file.
+LabelsGiven = Sequence[str | Mapping[str, Any]] | Mapping[str, Any] | Path
 _NEEDED = {
     "array": "a list",
+    "object": "a mapping",
     "str": "a string",
     "bool": "True or False",
     "int": "a whole number",
     "float": "a number",
     "null": "None",
 }
-_PLACE = re.compile(r"(?P<what>.*?)(?: - at `\$\.?(?P<where>.*)`)?")
+_PLACE = re.compile(r"(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<where>.*)`)?")
 _EXPECTED = re.compile(r"Expected `([^`]+)`(.*?), got `?([^`]+)`?")
 
 
@@ -29,7 +34,8 @@ def task_options(labels: Any, options: PromptOptions) -> TaskOptions:
     """What was asked, whole.
 
     Args:
-        labels: a list, an array or a column of strings, at least two.
+        labels: a list, an array or a column of strings; a list with mappings, or one mapping, as a file of labels has
+            them (`label_files.read_labels`); or the path of such a file.
         options: see `TaskOptions`; ``calibrate`` may be one text.
 
     Raises:
@@ -39,7 +45,13 @@ def task_options(labels: Any, options: PromptOptions) -> TaskOptions:
     refuse_unknown(given, PromptOptions)
     calibrate = given.get("calibrate", ())
     given["calibrate"] = [calibrate] if isinstance(calibrate, str) else _plain("calibrate", calibrate)
-    wanted = as_declared({**given, "labels": _plain("labels", labels)}, TaskOptions)
+    known = _labels(labels)
+    for name, table in (("descriptions", known.descriptions), ("words", known.words), ("threshold", known.thresholds)):
+        if table and name in given:
+            raise OptionError(f"{name}: some stand with the labels already; give them in one place")
+        if table:
+            given[name] = table
+    wanted = as_declared({**given, "labels": known.names}, TaskOptions)
     wanted.check()
     return wanted
 
@@ -65,8 +77,20 @@ def as_declared(values: Mapping[str, Any], kind: type[_Declared]) -> _Declared:
         return msgspec.convert({name: _scalar(value) for name, value in values.items()}, kind, strict=True)
     except msgspec.ValidationError as error:
         raise OptionError(_named(str(error))) from None
-    except (TypeError, ValueError, RecursionError) as error:  # an object that is no plain data, or has no end
+    # An object that is no plain data, or has no end.
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
         raise OptionError(f"{_odd_one(values)}: {error}") from None
+
+
+def _labels(given: Any) -> Labels:
+    if isinstance(given, Path):
+        return read_labels(given)
+    if isinstance(given, Mapping):
+        return labels_from(given, "labels")
+    found = _plain("labels", given)
+    if any(isinstance(entry, Mapping) for entry in found):
+        return labels_from(found, "labels")
+    return Labels(tuple(found))
 
 
 def _plain(argument: str, values: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -22,11 +23,18 @@ class Classification(_Plain):
     """One text's answer.
 
     Attributes:
-        label: the most probable label; None if the text could not be classified.
-        probabilities: of each label, normalised over the labels, after calibration; they sum to 1. Empty with an error.
-        log_probabilities: log-likelihood of each label as the model has it, in nats, before calibration.
+        label: the most probable label, or the one for texts of which no label is sure (``other``); None if the text
+            could not be classified.
+        probabilities: of each label, normalised over the labels, after calibration; they sum to 1. With several labels
+            a text each is that of the label by itself. Empty with an error.
+        log_probabilities: log-likelihood of each label as the model has it, in nats, before calibration. With several
+            labels a text, of the answer yes.
         tokens, cached_tokens: of all passes the text took, and of them from the prefix cache.
         error: why there is no label.
+        labels: with several labels a text, those that apply; otherwise `label` alone. Empty with an error.
+        cut_characters: how many characters of the text were left out, as ``truncate`` allows.
+        label_mass: probability that the model writes one of the labels, before they are normalised. None where it is
+            not known.
     """
 
     label: str | None
@@ -35,11 +43,17 @@ class Classification(_Plain):
     tokens: int = 0
     cached_tokens: int = 0
     error: str | None = None
+    labels: tuple[str, ...] = ()
+    cut_characters: int = 0
+    label_mass: float | None = None
 
     @property
     def probability(self) -> float | None:
-        """Probability of `label`; None without one."""
-        return None if self.label is None else self.probabilities[self.label]
+        """Probability of `label`, or of the most probable label where it is ``other``; None with an error."""
+        if self.label is None:
+            return None
+        found = self.probabilities.get(self.label)
+        return max(self.probabilities.values(), default=math.nan) if found is None else found
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TypedDict
 
+import orjson
 from typing_extensions import Unpack
 
 from asyncep.client.errors import OptionError
 from asyncep.client.generate import Behind, GenerateClient, ServerApi
 from asyncep.client.labels import LabelScores, LabelSet
+from asyncep.client.lanes import OnBatch
 from asyncep.client.probes import Answerer
 from asyncep.client.scorer import Scorer
 from asyncep.client.server_facts import ServerFacts, ask_server
 from asyncep.client.tokens import TextTokens, chat_surroundings, tokens_for
 from asyncep.tasks.arguments import as_declared, refuse_unknown
 from asyncep.tasks.frames import listed
+from asyncep.tasks.prompts import prompts_of
 from asyncep.tasks.results import Classification, Ranked, Score, TokenLogProbs
 from asyncep.tasks.scoring import offsets_of
-from asyncep.tasks.task import Task, TaskOptions
+from asyncep.tasks.task import Task, TaskOptions, TextScores
 from asyncep.tasks.template import Template
 
 RERANK_TEMPLATE = "Query: {query}\n\nDocument: {document}\n\nIs the document relevant to the query, yes or no?\nAnswer:"
+# Classifications made ready are kept for the next call with the same options.
+_TASKS_KEPT = 32
+# So much of the prompt's end is enough to see how a label is divided into tokens after it.
+_END_CHARACTERS = 64
 
 
 class RerankOptions(TypedDict, total=False):
@@ -47,6 +56,7 @@ class Session:
     scorer: Scorer
     tokens: TextTokens
     client: ServerApi | None
+    _prepared: OrderedDict[bytes, asyncio.Task[Task]] = field(default_factory=OrderedDict, repr=False)
 
     @property
     def facts(self) -> ServerFacts:
@@ -54,41 +64,121 @@ class Session:
         return self.scorer.facts
 
     async def prepare(self, options: TaskOptions) -> Task:
-        """Tokenizes labels, renders the chat format, measures the calibration.
+        """Tokenizes labels, renders the chat format, measures the calibration. Done once for equal options.
 
         Raises:
             OptionError: options that cannot be used, naming the argument.
             ServerError: the server failed.
         """
         options.check()
-        template = Template.parse(options.template, list(options.labels), list(options.examples) or None)
+        key = orjson.dumps(asdict(options))
+        found = self._prepared.get(key)
+        if found is None or (found.done() and (found.cancelled() or found.exception() is not None)):
+            found = self._prepared[key] = asyncio.create_task(self._prepare(options))
+            if len(self._prepared) > _TASKS_KEPT:
+                self._prepared.popitem(last=False)
+        self._prepared.move_to_end(key)
+        # One caller that is cancelled does not take the others' away.
+        return await asyncio.shield(found)
+
+    async def _prepare(self, options: TaskOptions) -> Task:
+        templates = options.templates()
         if options.chat:
             if self.client is None:
                 raise OptionError("chat: needs a server, which has the model's chat template")
-            template = Template(*await chat_surroundings(self.client, template.before, template.after, options.system))
-        # Written after the prompt with a space before, as text continues.
-        ids = await self.tokens.encode([f" {label}" for label in options.labels], special=False)
-        task = Task(tuple(options.labels), LabelSet(ids, length=options.length), template, special=not options.chat)
+            for number, plain in enumerate(templates):
+                around = await chat_surroundings(self.client, plain.before, plain.after, options.system)
+                templates = (*templates[:number], plain.in_chat(*around), *templates[number + 1 :])
+        labels = await self._label_set(options, templates[0])
+        task = Task(options, templates, labels, special=not options.chat)
         if not options.calibrate:
             return task
-        scored = [s for s in await self.scores(list(options.calibrate), task) if isinstance(s, LabelScores)]
-        if len(scored) < len(options.calibrate):
+        found = await self.score_texts(list(options.calibrate), task)
+        scored = [scores for scores in found if isinstance(scores, TextScores)]
+        if len(scored) < len(found):
             raise OptionError("calibrate: a neutral text cannot be scored; is it empty or too long?")
-        return replace(task, offsets=offsets_of([s.scores for s in scored], task.labels))
+        return replace(task, offsets=offsets_of([task.values(scores.scores) for scores in scored]))
 
-    async def scores(self, texts: Sequence[str], task: Task) -> list[LabelScores | str]:
-        """Label scores of each text, or why there are none."""
+    async def _label_set(self, options: TaskOptions, template: Template) -> LabelSet:
+        """The tokens of everything the model may write, as they are where they follow the prompt."""
+        words = [word for written in options.written() for word in written]
+        # Some tokenizers begin a text as they begin a word: what follows the prompt's end is read off behind it.
+        end = template.after[-_END_CHARACTERS:] or "."
+        [before, *ids] = await self.tokens.encode(
+            [end, *(f"{end}{template.joiner}{word}" for word in words)], special=False
+        )
+        alone = await self.tokens.encode([f"{template.joiner}{word}" for word in words], special=False)
+        found = [
+            joined[len(before) :] if joined[: len(before)] == before else single
+            for joined, single in zip(ids, alone, strict=True)
+        ]
+        first: dict[tuple[int, ...], str] = {}
+        for word, tokens in zip(words, found, strict=True):
+            key = tuple(tokens)
+            if not key:
+                raise OptionError(f"labels: {word!r} has no tokens")
+            if key in first:
+                raise OptionError(
+                    f"labels: {first[key]!r} and {word!r} have the same tokens, {list(key)}; the model cannot "
+                    "tell them apart"
+                )
+            first[key] = word
+        return LabelSet(found, length=options.length)
+
+    async def score_texts(
+        self,
+        texts: Sequence[str],
+        task: Task,
+        on_texts: OnBatch[TextScores] | None = None,
+        *,
+        behind: bool = False,
+    ) -> list[TextScores | str]:
+        """Scores of each text, or why there are none.
+
+        Args:
+            on_texts: told of texts as they are done: their numbers and what became of them.
+            behind: nobody waits for it, however few they are.
+
+        Raises:
+            ServerError: the server failed.
+        """
+        results: list[TextScores | str] = [_unusable(text) for text in texts]
         good = [number for number, text in enumerate(texts) if _usable(text)]
-        prompts = await self.tokens.encode([task.template.render(texts[n]) for n in good], special=task.special)
-        found = await self.scorer.score(prompts, task.label_set)
-        results = [_unusable(text) for text in texts]
-        for number, result in zip(good, found, strict=True):
-            results[number] = result
+        if on_texts and len(good) < len(texts):
+            bad = sorted(set(range(len(texts))) - set(good))
+            on_texts(bad, [results[number] for number in bad])
+        with self.scorer.coming():
+            prompts, cut = await prompts_of(
+                [texts[number] for number in good], task, self.tokens, self.facts.most_tokens
+            )
+        width = len(task.templates)
+        answers: list[list[LabelScores | str]] = [[""] * width for _ in good]
+        left = [width] * len(good)
+
+        def take(numbers: Sequence[int], found: Sequence[LabelScores | str]) -> None:
+            done = []
+            for number, answer in zip(numbers, found, strict=True):
+                text, place = divmod(number, width)
+                answers[text][place] = answer
+                left[text] -= 1
+                if not left[text]:
+                    results[good[text]] = task.join(answers[text], cut[text])
+                    done.append(good[text])
+            if on_texts and done:
+                on_texts(done, [results[number] for number in done])
+
+        await self.scorer.score(prompts, task.label_set, take, behind=behind)
         return results
 
     async def classify(self, texts: Sequence[str], task: Task) -> list[Classification]:
         """The label of each text; see `Runtime.classify`."""
-        return [task.decide(scores) for scores in await self.scores(texts, task)]
+        return [task.decide(scores) for scores in await self.score_texts(texts, task)]
+
+    async def classify_as(self, texts: Sequence[str], options: TaskOptions) -> list[Classification]:
+        """The same, not made ready beforehand."""
+        with self.scorer.coming():
+            task = await self.prepare(options)
+        return await self.classify(texts, task)
 
     async def logprobs(self, prompts: Sequence[str | Sequence[int]], token_ids: Sequence[int]) -> list[TokenLogProbs]:
         """See `Runtime.logprobs`."""
@@ -119,17 +209,21 @@ class Session:
         answers, top_n = options.get("answers", ("yes", "no")), options.get("top_n")
         if template.count("{document}") != 1 or "{query}" not in template:
             raise OptionError("template: {document} is needed once and {query} at least once")
+        if len(set(answers)) != 2:
+            raise OptionError(f"answers: two different ones are needed, not {answers!r}")
         head, tail = template.split("{document}")
         # Text of a query is never taken for a place: only the template's own braces are.
         around = (head.replace("{query}", query), tail.replace("{query}", query))
-        task = await self.prepare(TaskOptions(answers, "{text}", chat=False))
-        plain = Template(*around)
+        plain = Template.around(*around)
         if chat:
             if self.client is None:
                 raise OptionError("chat: needs a server, which has the model's chat template")
-            plain = Template(*await chat_surroundings(self.client, plain.before, plain.after, None))
+            plain = plain.in_chat(*await chat_surroundings(self.client, plain.before, plain.after, None))
+        asked = TaskOptions(answers, "{text}")
+        asked.check()
+        task = Task(asked, (plain,), await self._label_set(asked, plain), special=not chat)
         documents = listed("documents", documents)
-        found = await self.classify(documents, replace(task, template=plain, special=not chat))
+        found = await self.classify(documents, task)
         ranked = [
             Ranked(number, documents[number], None if c.error else c.probabilities[answers[0]], c.error)
             for number, c in enumerate(found)
@@ -178,7 +272,7 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _unusable(text: object) -> LabelScores | str:
+def _unusable(text: object) -> str:
     if not isinstance(text, str):
         return f"a string is needed, not {type(text).__name__}"
     return "the text is empty" if _encodable(text) else "the text has half of a surrogate pair, which is no character"

@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from toy_model import ByteTokens, ToyServer, log_likelihood, toy_facts
 
 from asyncep.client.errors import RejectedError, ServerError
-from asyncep.client.labels import LabelScores
 from asyncep.client.probes import Probe, Reading
 from asyncep.client.scorer import Scorer
 from asyncep.cluster.nodes import NodeLostError, Nodes, joint_facts
 from asyncep.tasks.session import Session
-from asyncep.tasks.task import TaskOptions
+from asyncep.tasks.task import TaskOptions, TextScores
 
 
 class ToyNode:
@@ -60,7 +59,7 @@ def test_every_prompt_has_its_answer_whatever_dies(nodes: list[tuple[int | None,
     texts = [f"text {chance.randrange(30)}" for _ in range(40)]
     survives = any(dies is None or returns for dies, returns, _ in nodes)
 
-    async def run() -> list[LabelScores | str]:
+    async def run() -> list[TextScores | str]:
         toys = [ToyNode(f"node {i}", dies, returns) for i, (dies, returns, _) in enumerate(nodes)]
         facts = [toy_facts(ranks) for _, _, ranks in nodes]
         joined = Nodes(toys, facts)
@@ -68,7 +67,7 @@ def test_every_prompt_has_its_answer_whatever_dies(nodes: list[tuple[int | None,
         assert joint.ranks == sum(ranks for _, _, ranks in nodes)
         async with Scorer(joined, joint) as scorer:
             session = Session(scorer, ByteTokens(), None)
-            found = await session.scores(texts, await session.prepare(TaskOptions(["yes", "no"], "{text}")))
+            found = await session.score_texts(texts, await session.prepare(TaskOptions(["yes", "no"], "{text}")))
         for toy, (_, _, ranks) in zip(toys, nodes, strict=True):
             # A node with one rank names none; others are asked for theirs, or for any when they help out.
             assert {rank for rank, _ in toy.server.asked} <= ({None} if ranks == 1 else {None, *range(ranks)})
@@ -82,7 +81,7 @@ def test_every_prompt_has_its_answer_whatever_dies(nodes: list[tuple[int | None,
         return
     found = asyncio.run(run())
     for text, scores in zip(texts, found, strict=True):
-        assert isinstance(scores, LabelScores)
+        assert isinstance(scores, TextScores)
         expected = [log_likelihood(list(text.encode()), list(f" {label}".encode())) for label in ("yes", "no")]
         assert scores.scores == pytest.approx(expected)
 

@@ -15,7 +15,10 @@ from asyncep.cli import main
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["in.jsonl", "o.jsonl", "--labels", "a", "--url", "http://x"], "at least two different labels"),
+        (
+            ["in.jsonl", "o.jsonl", "--labels", "a", "--url", "http://x"],
+            "--labels: at least two different ones are needed",
+        ),
         (["in.jsonl", "o.jsonl", "--labels", "a,b"], "either --url .* or --model-path"),
         (["no.jsonl", "o.jsonl", "--labels", "a,b", "--url", "http://x"], "no.jsonl: no such file"),
         (

@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy_model import ByteTokens, ToyServer, toy_facts
 
+from asyncep.files.rows import InputError, RowSource
 from asyncep.jobs.journal import JobError, digest_of, open_journal
 from asyncep.jobs.peak import measure_peak
 from asyncep.jobs.report import figures_of, text_report, write_html
 from asyncep.jobs.run import run_job
 from asyncep.jobs.spec import JobResult, JobSpec, Progress
-from asyncep.tasks.rows import InputError, RowSource
 from asyncep.tasks.session import session_with
 from asyncep.tasks.task import TaskOptions
 
@@ -182,7 +182,7 @@ def test_journal_remembers_answers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("out.xlsx", "give a .jsonl, .csv or .parquet file to write"),
+        ("out.xlsx", "give a .jsonl, .json, .csv, .tsv, .parquet or .arrow file to write"),
         ("gone/out.jsonl", "OUT .*: there is no folder .*gone; make it, or correct the path"),
     ],
 )

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from toy_model import ByteTokens, ToyServer, toy_facts
 
 from asyncep.cli import main
+from asyncep.files.rows import RowSource
 from asyncep.jobs import run as run_module
 from asyncep.jobs.journal import JobError, open_journal
 from asyncep.jobs.run import run_job
 from asyncep.jobs.spec import JobResult, JobSpec
 from asyncep.own_files import OutputError, check_free, new_file, put_in_place, same_file
-from asyncep.tasks.rows import RowSource
 from asyncep.tasks.session import session_with
 from asyncep.tasks.task import TaskOptions
 

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
 
 from toy_model import ByteTokens, ToyServer, toy_facts
 
+from asyncep.files.rows import RowSource
 from asyncep.jobs import journal
 from asyncep.jobs.run import run_job
 from asyncep.jobs.spec import JobSpec, Progress
-from asyncep.tasks.rows import RowSource
 from asyncep.tasks.session import session_with
 from asyncep.tasks.task import TaskOptions
 

@@ -87,9 +87,9 @@ class Oracle:
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text).input_ids  # type: ignore[no-any-return]
 
-    def label(self, prompt: str, label: str) -> float:
+    def label(self, prompt: str, label: str, space: str = " ") -> float:
         """Full log-likelihood of a label after a prompt."""
-        ids, tail = self.ids(prompt), self.tokenizer(f" {label}", add_special_tokens=False).input_ids
+        ids, tail = self.ids(prompt), self.tokenizer(f"{space}{label}", add_special_tokens=False).input_ids
         logs = self.logs([*ids, *tail])
         return sum(float(logs[len(ids) - 1 + i, token]) for i, token in enumerate(tail))
 
@@ -140,8 +140,29 @@ def test_chat_prompts(runtime: Runtime, oracle: Oracle) -> None:
     [found] = runtime.classify(["cats"], ["b", "c"], **options)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "About cats?"}]
     text = oracle.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    expected = {label: oracle.label(text, label) for label in ("b", "c")}
+    # The label is the first word of the assistant's turn.
+    expected = {label: oracle.label(text, label, "") for label in ("b", "c")}
     assert found.log_probabilities == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_several_labels_words_and_cuts(runtime: Runtime, oracle: Oracle) -> None:
+    [found] = runtime.classify(["a cat"], ["b", "c"], template="T: {text}\nIs it {label}?", multi_label=True)
+    for label in ("b", "c"):
+        prompt = f"T: a cat\nIs it {label}?"
+        odds = oracle.label(prompt, "yes") - oracle.label(prompt, "no")
+        assert found.probabilities[label] == pytest.approx(1 / (1 + math.exp(-odds)), abs=TOLERANCE)
+    [found] = runtime.classify(["a cat"], ["b", "c"], template="T: {text}\n", words={"b": ["b", "models"]})
+    mass = sum(math.exp(oracle.label("T: a cat\n", word, "")) for word in ("b", "models"))
+    assert found.log_probabilities["b"] == pytest.approx(math.log(mass), abs=TOLERANCE)
+    session, _ = runtime._need()
+    most = session.facts.most_tokens
+    assert most is not None
+    for how in ("head", "tail", "middle"):
+        [found] = runtime.classify(["word " * 5000], ["b", "c"], truncate=how, template="T: {text}\nL:")
+        assert found.error is None
+        assert 0.9 * most <= found.tokens <= most
+        assert found.cut_characters > 10000
+    assert "context length" in (runtime.classify(["word " * 5000], ["b", "c"])[0].error or "")
 
 
 def test_async_streams_and_frames(runtime: Runtime) -> None:
@@ -219,15 +240,53 @@ def test_results_go_to_rows_by_place(runtime: Runtime) -> None:
     assert found["text"].tolist() == both["text"].tolist()
     assert found["p_b"].tolist() == pytest.approx([result.probabilities["b"] for result in expected], abs=TOLERANCE)
     before = runtime.totals.prompts
-    for wrong in (both, {"text": ["a cat"]}, {"a cat"}, "a cat"):
+    for wrong in (both, {"text": ["a cat"]}, {"a cat"}, "a cat", 5):
         with pytest.raises(OptionError, match="texts: an iterator of strings is needed"):
             runtime.astream(wrong, ["b", "c"])
-    for wrong in ({"text": ["a cat"]}, {"a cat"}, "a cat", 5):
+    for wrong in ({"a cat"}, "a cat", 5):
         with pytest.raises(OptionError, match="texts: a list of strings or a frame is needed"):
             runtime.classify(wrong, ["b", "c"])
     with pytest.raises(OptionError, match="already has the column"):
         runtime.classify(found, ["b", "c"])
     assert runtime.totals.prompts == before
+
+
+def test_calls_at_once_are_planned_together(runtime: Runtime) -> None:
+    texts = [f"text number {i} of many" for i in range(100)]
+    expected = runtime.classify(texts, ["b", "c"])
+
+    async def ask() -> list[Any]:
+        return await asyncio.gather(*(runtime.aclassify([text], ["b", "c"]) for text in texts))
+
+    for [answer], other in zip(asyncio.run(ask()), expected, strict=True):
+        assert answer.log_probabilities == pytest.approx(other.log_probabilities, abs=TOLERANCE)
+
+
+PROGRAM = """
+import os, signal, sys
+from asyncep import Runtime, ServerError
+
+runtime = Runtime(sys.argv[1], log_level="error").start()
+print(len(runtime.classify(["x"], ["b", "c"])))
+os.kill(runtime._process.pid, signal.SIGKILL)
+try:
+    runtime.classify(["y"], ["b", "c"])
+except ServerError as error:
+    print(error)
+"""
+
+
+def test_a_killed_server_is_named_and_a_program_that_never_closes_ends_quietly(model: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(model)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    one, *error = done.stdout.splitlines()
+    assert one == "1"
+    assert re.search(r"the server that was started here \(process \d+\) was killed by SIGKILL; start a new", error[0])
+    told = done.stderr.splitlines()
+    assert told[0] == f"asyncep: starting {model} with 1 rank(s) …"
+    assert all(re.match("asyncep: (starting|still starting after|ready after)", line) for line in told), done.stderr
 
 
 def test_the_server_lets_large_calls_wait(runtime: Runtime) -> None:

@@ -84,13 +84,17 @@ def test_any_argument(name: str, value: Any) -> None:
         ("sport", {}, "labels: a list is needed, not str"),
         (["a", 5], {}, r"labels\[1\]: a string is needed, not int"),
         (numpy.array([1, 2]), {}, r"labels\[0\]: a string is needed, not numpy.int64"),
-        (["a", "b"], {"template": 5}, "template: a string is needed, not int"),
+        (["a", "b"], {"template": 5}, "template: a string or None is needed, not int"),
         (["a", "b"], {"template": "no place"}, "template: {text} is needed exactly once; it stands there 0 times"),
         (["a", "b"], {"chat": "yes"}, "chat: True or False is needed, not str"),
         (["a", "b"], {"system": 5}, "system: a string or None is needed, not int"),
         (["a", "b"], {"length": "max"}, "length: invalid enum value 'max'"),
         (["a", "b"], {"examples": [("x",)]}, r"examples\[0\]: a list of length 2 is needed, not 1"),
-        (["a", "b"], {"exampels": []}, "exampels: no such option; there are calibrate, chat, examples, length"),
+        (
+            ["a", "b"],
+            {"exampels": []},
+            "exampels: no such option; there are calibrate, chat, descriptions, examples, length",
+        ),
     ],
 )
 def test_what_is_said(labels: Any, options: Any, message: str) -> None:

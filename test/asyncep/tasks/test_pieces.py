@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncep.tasks.rows import InputError, Row, RowSource
+from asyncep.files.rows import InputError, Row, RowSource
 from asyncep.tasks.scoring import decide, offsets_of
 from asyncep.tasks.summary import Summary
 from asyncep.tasks.template import DEFAULT, Template, TemplateError, read_examples
@@ -24,7 +24,7 @@ def test_bad_rows_carry_their_error_and_the_next_goes_on(tmp_path: Path) -> None
     rows = list(RowSource(path, gold_field="y").rows())
     assert [row.number for row in rows] == list(range(8))
     assert [row.text for row in rows if row.text] == ["good", "last"]
-    assert rows[0].gold == "1"
+    assert rows[0].gold == 1
     reasons = [row.error or "" for row in rows if row.error]
     for words, reason in zip(
         ["not JSON", "string is needed", "object is needed", "empty", "needed", "not JSON"], reasons, strict=True
@@ -91,9 +91,9 @@ def test_probabilities_sum_to_one_and_follow_the_scores(row: list[float]) -> Non
 @given(st.lists(scores.map(lambda row: row[:2]), min_size=1), st.floats(-100, 100), st.floats(-100, 100))
 def test_calibration_takes_out_what_a_label_gets_everywhere(rows: list[list[float]], a: float, b: float) -> None:
     labels = ["x", "y"]
-    plain = offsets_of(rows, labels)
+    plain = offsets_of(rows)
     shifted_rows = [[row[0] + a, row[1] + b] for row in rows]
-    shifted = offsets_of(shifted_rows, labels)
+    shifted = offsets_of(shifted_rows)
     for row, moved in zip(rows, shifted_rows, strict=True):
         before, after = decide(row, labels, plain), decide(moved, labels, shifted)
         assert before.probabilities["x"] == pytest.approx(after.probabilities["x"], abs=1e-6)

@@ -1,4 +1,4 @@
-"""Rows of text out of JSONL, CSV and Parquet files, a window at a time."""
+"""Rows of text out of files of any kind, a window at a time."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from asyncep.tasks.records import CsvTable, InputError, JsonLines, ParquetTable, Raw, Records
+from asyncep.files.columnar import ColumnarTable
+from asyncep.files.csv_table import CsvTable
+from asyncep.files.json_records import JsonArray, JsonLines, is_array
+from asyncep.files.kinds import FileFormat, InputError, ReadOptions
+from asyncep.files.opening import reading, refuse_foreign
+from asyncep.files.records import Raw, Records, Wanted
+from asyncep.files.wording import SHELL, Wording
 
-__all__ = ["KINDS", "InputError", "Row", "RowSource"]
+__all__ = ["InputError", "Row", "RowSource"]
 
-KINDS = (".jsonl", ".ndjson", ".csv", ".parquet")
 # Neighbours often share a prefix (questions on one document), so a shard takes them by so many.
 _SHARD_BLOCK = 32
+# Their strings are UTF-8.
+_BINARY = ("parquet", "arrow")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +32,14 @@ class Row:
     Attributes:
         number: counts from 0, over the whole file.
         text: what to classify; None in a row that cannot be classified.
-        gold: its true label, where the input has one.
+        gold: its true label as the input has it; None where it has none.
         error: why it cannot be classified.
         kept: fields that go to the output as they are.
     """
 
     number: int
     text: str | None
-    gold: str | None = None
+    gold: Any = None
     error: str | None = None
     kept: Mapping[str, Any] = field(default_factory=dict)
 
@@ -42,12 +49,15 @@ class RowSource:
     """Which rows of which file.
 
     Attributes:
-        path: a ``.jsonl``, ``.ndjson``, ``.csv`` or ``.parquet`` file.
+        path: the file.
         text_field: field or column that holds the text.
         gold_field: field or column that holds the true label; None where there is none.
         keep: further fields to keep.
         limit: at most the first so many rows of the file.
         shard: (i, n), from (0, 1): only the i-th of n parts of what the limit leaves.
+        options: how the file is read, as far as its name does not say it.
+        digest: of the file's bytes, where it is the copy of a stream; its path and time say nothing then.
+        words: what the caller calls these, for errors.
     """
 
     path: Path
@@ -56,22 +66,45 @@ class RowSource:
     keep: tuple[str, ...] = ()
     limit: int | None = None
     shard: tuple[int, int] = (0, 1)
+    options: ReadOptions = field(default_factory=ReadOptions)
+    digest: str | None = None
+    words: Wording = SHELL
+
+    @property
+    def format(self) -> FileFormat:
+        """What is in the file.
+
+        Raises:
+            InputError: its name does not say it, and nobody else does.
+        """
+        return self.options.format or FileFormat.of(self.path)
 
     def check(self) -> None:
         """Opens the file and looks for its fields. CSV is read through: an open quote may swallow any number of rows.
 
         Raises:
-            InputError: no such file, an unknown kind, one without these fields, or rows that cannot be told apart.
+            InputError: no such file, an unknown kind, one without these fields, options that it has no use for, or rows
+                that cannot be told apart.
         """
-        if self.path.suffix.lower() not in KINDS:
-            raise InputError(f"{self.path}: give a .jsonl, .csv or .parquet file")
+        form = self.format
         if not self.path.is_file():
             raise InputError(f"{self.path}: no such file")
+        self.options.check(form, self.words)
+        if form.kind not in _BINARY and self.options.encoding is None:
+            with reading(self.path):
+                refuse_foreign(self.path, form, self.words.encoding)
         records = self._records()
-        if isinstance(records, JsonLines):
+        if isinstance(records, JsonLines | JsonArray):
             self._look_for_fields(records)
         else:
             self.count()
+
+    def facts(self) -> list[Any]:
+        """What the file is known again by when a job goes on."""
+        found = self.path.stat()
+        if self.digest is not None:
+            return ["a stream", found.st_size, self.digest]
+        return [str(self.path.resolve()), found.st_size, found.st_mtime_ns]
 
     def rows(self) -> Iterator[Row]:
         """Every row, in order. A bad row comes with its error; the next goes on."""
@@ -100,19 +133,31 @@ class RowSource:
         whole, rest = divmod(total, _SHARD_BLOCK * count)
         return whole * _SHARD_BLOCK + min(_SHARD_BLOCK, max(0, rest - index * _SHARD_BLOCK))
 
+    def kept_types(self) -> Mapping[str, Any]:
+        """Arrow's types of the kept fields, where the file says them."""
+        if not self.keep:
+            return {}
+        types = self._records().types()
+        return {name: types[name] for name in self.keep if name in types}
+
     @property
-    def _wanted(self) -> list[tuple[str, str]]:
-        """(flag, field) of each field that is read."""
-        gold = [("--gold-field", self.gold_field)] if self.gold_field else []
-        return [("--text-field", self.text_field), *gold, *(("--keep", name) for name in self.keep)]
+    def _wanted(self) -> list[Wanted]:
+        """What the caller calls each field that is read, and its name."""
+        words = self.words
+        gold = [(words.gold, self.gold_field)] if self.gold_field else []
+        return [(words.text, self.text_field), *gold, *((words.keep, name) for name in self.keep)]
 
     def _records(self) -> Records:
-        kind = self.path.suffix.lower()
-        if kind == ".csv":
-            return CsvTable(self.path, self._wanted)
-        return ParquetTable(self.path, self._wanted) if kind == ".parquet" else JsonLines(self.path)
+        form, options = self.format, self.options
+        if form.kind in ("csv", "tsv"):
+            return CsvTable(self.path, form, options, self._wanted, self.words)
+        if form.kind in _BINARY:
+            return ColumnarTable(self.path, form, self._wanted)
+        if form.kind == "json" and is_array(self.path, form, options.encoding):
+            return JsonArray(self.path, form, options.encoding)
+        return JsonLines(self.path, form, options.encoding)
 
-    def _look_for_fields(self, records: JsonLines) -> None:
+    def _look_for_fields(self, records: Records) -> None:
         """Refuses fields that no line has. As a rule the first line has all of them, and is all that is read."""
         missing = self._wanted
         seen: list[str] | None = None
@@ -120,22 +165,21 @@ class RowSource:
             fields = records.fields(record)
             if isinstance(fields, dict):
                 seen = list(fields) if seen is None else seen
-                missing = [(flag, name) for flag, name in missing if name not in fields]
+                missing = [(argument, name) for argument, name in missing if name not in fields]
                 if not missing:
                     return
         # Without a single object every line is an error already, with a better reason.
         if seen is not None:
-            flag, name = missing[0]
+            argument, name = missing[0]
             raise InputError(
                 f"{self.path}: no line has a field {name!r}; the first has {', '.join(seen) or 'none'}. "
-                f"Name it with {flag}"
+                f"Name it with {argument}"
             )
 
     def _row(self, number: int, line: int, fields: dict[str, Any] | str) -> Row:
         if isinstance(fields, str):
             return Row(number, None, error=f"line {line}: {fields}" if line else fields)
         gold = fields.get(self.gold_field) if self.gold_field else None
-        gold = None if gold is None else str(gold)
         kept = {name: fields.get(name) for name in self.keep} if self.keep else {}
         text = fields.get(self.text_field)
         if not isinstance(text, str):
@@ -150,6 +194,7 @@ class RowSource:
 def _records_in(source: RowSource, _stamp: tuple[int, ...]) -> int:
     """Records that the source's limit leaves; counted again only for a file that has changed."""
     records = source._records()
-    if isinstance(records, ParquetTable):
-        return records.rows if source.limit is None else min(records.rows, source.limit)
-    return sum(1 for _ in islice(records.raw(), source.limit))
+    total = records.count()
+    if total is None:
+        return sum(1 for _ in islice(records.raw(), source.limit))
+    return total if source.limit is None else min(total, source.limit)

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from toy_model import ByteTokens, ToyServer, toy_facts
 
 from asyncep.cli import main
+from asyncep.files.rows import InputError, Row, RowSource
 from asyncep.jobs.run import run_job
 from asyncep.jobs.spec import JobSpec
-from asyncep.tasks.rows import InputError, Row, RowSource
 from asyncep.tasks.session import session_with
 from asyncep.tasks.task import TaskOptions
 
