@@ -62,7 +62,18 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("router/asyncep_router/launch_server.py", (*_ROUTER, *_LOGS)),
     *(
         (f"python/asyncep/{room}", (*_PYTHON, *_ENDS, *_LOGS))
-        for room in ("commands", "tasks", "client", "jobs", "runtime", "cluster", "plan", "demo", "local_server.py")
+        for room in (
+            "commands",
+            "files",
+            "tasks",
+            "client",
+            "jobs",
+            "runtime",
+            "cluster",
+            "plan",
+            "demo",
+            "local_server.py",
+        )
     ),
     ("python/asyncep/own_files.py", _PYTHON),
     ("kernels/asyncep_kernels/native", ("BuildError", "ValueError", *_ENDS, *_LOGS)),

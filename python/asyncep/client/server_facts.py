@@ -88,7 +88,8 @@ def _facts(info: Any, about: Any, state: Any, workers: Any, *, ours: bool) -> Se
         ranks=ranks * max(1, len(workers["workers"])) if routed else ranks,
         addressable=ranks > 1 and not routed,
         page=int(info.get("page_size") or 1),
-        most_tokens=int(most) if most else None,
+        # SGLang takes fewer than the number it names.
+        most_tokens=int(most) - 1 if most else None,
         tokenizer=about.get("tokenizer_path"),
         model=model,
         cost=cost,

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from asyncep.plan.inputs import WORKLOADS, InputError, read_cluster, read_model, read_workload
+from asyncep.plan.inputs import WORKLOADS, InputError, read_cluster, read_config, read_model, read_workload
 from asyncep.plan.planner import BATCHES, Change, Option, Plan, Planner
+from asyncep.plan.serving import MillionRows, Start, million_rows, start_of
 from asyncep.sim import hardware
 from asyncep.sim.calibration import read_calibration
 from asyncep.sim.errors import DataError, DoesNotFit, SimulationError
@@ -27,10 +30,15 @@ def parser() -> argparse.ArgumentParser:
     """The flags."""
     flags = argparse.ArgumentParser(prog="asyncep plan", description=__doc__)
     flags.add_argument(
-        "--model", required=True, help=f"config.json, its folder, or one of {', '.join(hardware.models())}"
+        "--model",
+        required=True,
+        help=f"hub name, config.json, its folder, or one of {', '.join(hardware.models())}",
     )
     flags.add_argument(
-        "--gpus", required=True, help=f"COUNTxNAME, such as 8xh100; NAME of {', '.join(hardware.devices())}"
+        "--gpus",
+        required=True,
+        help=f"COUNTxNAME, such as 8xh100; NAME of {', '.join(hardware.devices())}; or COUNTxFILE.json with a "
+        "device of your own (docs/use/plan.md)",
     )
     flags.add_argument(
         "--link", help="between devices of one host: a bandwidth (360GB/s) or a name (default: the device's)"
@@ -67,6 +75,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--calibration", type=Path, metavar="FILE", help="measured figures, see docs/internals/simulator.md"
     )
+    flags.add_argument(
+        "--price", type=float, metavar="X", help="of a device an hour, in any currency: prints what a million rows cost"
+    )
     flags.add_argument("--json", action="store_true", help="print the plan as JSON")
     return flags
 
@@ -84,16 +95,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DoesNotFit as error:
         print(f"asyncep plan: --gpus {given.gpus}: no strategy fits. {error}", file=sys.stderr)
         return 1
+    start = start_of(plan.best, planner.cluster, *_named(given.model))
+    million = million_rows(plan.best, planner.cluster.devices, given.price)
     if given.json:
-        print(json.dumps(as_data(planner, plan), indent=1))
+        data = {**as_data(planner, plan), "start": asdict(start), "million_rows": asdict(million)}
+        print(json.dumps({**data, "calibration": str(given.calibration) if given.calibration else None}, indent=1))
     else:
-        show(planner, plan, Console(width=None if sys.stdout.isatty() else 120))
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        show(planner, plan, console)
+        show_start(start, million, given.calibration, console)
     return 0
+
+
+def _named(model: str) -> tuple[str, Mapping[str, Any]]:
+    named = read_config(model)
+    return named.start_as, named.config
 
 
 def _planner(given: argparse.Namespace) -> Planner:
     if given.batch_tokens < 1:
         raise InputError(f"--batch-tokens {given.batch_tokens}: must be at least 1")
+    if given.price is not None and not given.price >= 0:
+        raise InputError(f"--price {given.price}: must be at least 0")
     if given.gpus_per_node is not None and given.gpus_per_node < 1:
         raise InputError(f"--gpus-per-node {given.gpus_per_node}: must be at least 1")
     try:
@@ -166,7 +189,8 @@ def show(planner: Planner, plan: Plan, console: Console) -> None:
     deployment, memory = best.deployment, best.deployment.memory
     console.print(
         f"[bold]{best.strategy}[/bold], groups of {deployment.group}, batches of {best.result.lane_tokens:,} new "
-        f"tokens: {best.result.tokens_per_second:,.0f} tokens/s, {best.result.requests_per_second:,.1f} requests/s, "
+        f"tokens: {digits(best.result.tokens_per_second)} tokens/s, {digits(best.result.requests_per_second)} "
+        "requests/s, "
         f"MFU {best.result.mfu:.1%}"
     )
     console.print(
@@ -176,7 +200,7 @@ def show(planner: Planner, plan: Plan, console: Console) -> None:
     )
     if deployment.t_ep:
         console.print(
-            f"T: {deployment.threshold_tokens:,} tokens, {deployment.threshold / 1e12:.3g} TFLOP a layer "
+            f"T: {digits(deployment.threshold_tokens)} tokens, {deployment.threshold / 1e12:.3g} TFLOP a layer "
             f"(from the peak: {deployment.peak_threshold / 1e12:.3g}); t_EP {deployment.t_ep * 1e3:.3g} ms a layer"
         )
     if memory:
@@ -195,7 +219,7 @@ def show(planner: Planner, plan: Plan, console: Console) -> None:
             option.strategy,
             str(option.deployment.group),
             f"{option.result.lane_tokens:,}",
-            f"{option.result.tokens_per_second:,.0f}",
+            digits(option.result.tokens_per_second),
             f"{option.result.mfu:.1%}",
             f"{option.result.latency:.3g}",
             f"{option.result.stalled:.1%}",
@@ -212,10 +236,35 @@ def show(planner: Planner, plan: Plan, console: Console) -> None:
         console.print(f"{refusal.strategy} cannot run: {refusal.reason}", markup=False, highlight=False)
 
 
+def show_start(start: Start, million: MillionRows, calibration: Path | None, console: Console) -> None:
+    """How to start it, what a million rows take, and what the figures rest on."""
+    several = f"{start.servers} servers behind a router, each: " if start.servers > 1 else ""
+    lines = [f"start: {several}{start.command}", *(f"before that: {need}" for need in start.needs)]
+    cost = f", {digits(million.cost)} at the price given" if million.cost is not None else ""
+    lines.append(
+        f"a million rows: {timedelta(seconds=round(million.seconds))} (h:mm:ss), {digits(million.device_hours)} "
+        f"device hours{cost}"
+    )
+    lines.append(
+        f"simulated, calibrated on {calibration}"
+        if calibration
+        else "simulated, calibrated on nothing: figures of data sheets, and assumed shares of them"
+    )
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def digits(value: float) -> str:
+    """Three digits, which is more than a simulation knows."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    places = 2 - math.floor(math.log10(abs(value)))
+    return f"{round(value, places):,.{max(0, places)}f}"
+
+
 def _words(change: Change) -> tuple[str, str]:
-    today = f"{change.now:,.4g} {change.unit}" if change.now < 1e5 else f"{change.now:,.0f} {change.unit}"
+    today = f"{digits(change.now)} {change.unit}"
     if change.at is None:
-        return today, f"nowhere from {change.low:,.3g} to {change.high:,.3g}"
+        return today, f"nowhere from {digits(change.low)} to {digits(change.high)}"
     side = "at most" if change.at < change.now else "at least"
-    at = f"{change.at:,.4g}" if change.at < 1e5 else f"{change.at:,.0f}"
-    return today, f"{side} {at} {change.unit}"
+    return today, f"{side} {digits(change.at)} {change.unit}"

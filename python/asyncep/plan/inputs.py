@@ -6,7 +6,7 @@ import json
 import re
 from array import array
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,6 +24,8 @@ SAMPLE_TOKENS = 2_000_000
 """Of a file so many tokens are read: enough for its averages."""
 WORKLOADS = ("few-shot", "long", "mix", *(f"synthetic-{name}" for name in SYNTHETIC_TOKENS))
 
+# An owner and a name, as the hub has them.
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BYTES = {"": 1e9, "gb/s": 1e9, "mb/s": 1e6, "gbit/s": 0.125e9, "mbit/s": 0.125e6}
 
 
@@ -31,22 +33,55 @@ class InputError(SimulationError, ValueError):
     """A flag has a value it cannot have; the message begins with the flag."""
 
 
-def read_model(value: str, dtype: str) -> Model:
-    """A known name, a `config.json`, or a folder with one. Raises `InputError` naming --model or --dtype."""
+@dataclass(frozen=True)
+class NamedModel:
+    """A model as it was named.
+
+    Attributes:
+        start_as: what a server is started with: a folder or a hub name.
+        config: its Hugging Face configuration.
+    """
+
+    start_as: str
+    config: Mapping[str, Any]
+
+
+def read_config(value: str) -> NamedModel:
+    """A known name, a `config.json`, a folder with one, or a hub name. Raises `InputError` naming --model."""
     path = Path(value)
     if value in hardware.models():
-        config: Mapping[str, Any] = hardware.model_config(value)
-    else:
-        file = path / "config.json" if path.is_dir() else path
-        if not file.is_file():
-            known = ", ".join(hardware.models())
-            raise InputError(f"--model {value!r}: no such file, and not one of {known}")
-        try:
-            config = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"--model {value!r}: {file} is not JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise InputError(f"--model {value!r}: {file} holds no configuration")
+        known = hardware.model_config(value)
+        return NamedModel(known["_name_or_path"], known)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        file = _from_hub(value)
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model {value!r}: {file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"--model {value!r}: {file} holds no configuration")
+    return NamedModel(str(path.parent) if path.is_file() else value, config)
+
+
+def _from_hub(value: str) -> Path:
+    known = ", ".join(hardware.models())
+    if not _HUB_NAME.fullmatch(value):
+        raise InputError(f"--model {value!r}: no such file, and not one of {known}, nor a hub name")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(value, "config.json"))
+    except Exception as error:  # the hub client raises many kinds; all mean the same here
+        raise InputError(
+            f"--model {value!r}: the hub has no config.json of that name, or cannot be reached "
+            f"({type(error).__name__}); give a file, or one of {known}"
+        ) from error
+
+
+def read_model(value: str, dtype: str) -> Model:
+    """See `read_config`. Raises `InputError` naming --model or --dtype."""
+    path, config = Path(value), read_config(value).config
     try:
         return Model.from_config(path.stem if path.suffix else path.name, config, dtype)
     except DataError as error:
@@ -69,12 +104,16 @@ def read_link(flag: str, value: str) -> Link:
 def read_cluster(
     gpus: str, *, link: str | None, between: str | None, host: str | None, per_node: int | None, host_gb: float | None
 ) -> Cluster:
-    """`gpus`: COUNTxNAME, such as 8xh100. Raises `InputError`."""
-    match = re.fullmatch(r"([0-9]+)x(.+)", gpus.strip().lower())
+    """`gpus`: COUNTxNAME, such as 8xh100, or COUNTxFILE.json for a device of one's own. Raises `InputError`."""
+    match = re.fullmatch(r"([0-9]+)[xX](.+)", gpus.strip())
     if not match or int(match[1]) < 1:
         raise InputError(f"--gpus {gpus!r}: write COUNTxNAME, such as 8xh100")
     try:
-        cluster = hardware.cluster(match[2], int(match[1]), per_node=per_node)
+        if match[2].endswith(".json"):
+            cluster = replace(_own_device(gpus, Path(match[2])), devices=int(match[1]))
+            cluster = cluster if per_node is None else replace(cluster, per_node=per_node)
+        else:
+            cluster = hardware.cluster(match[2].lower(), int(match[1]), per_node=per_node)
     except DataError as error:
         raise InputError(f"--gpus {gpus!r}: {error}") from error
     changes: dict[str, Any] = {}
@@ -90,6 +129,16 @@ def read_cluster(
             raise InputError(f"--host-memory {host_gb}: must be at least 0 GB")
         changes["host_bytes"] = host_gb * 1e9
     return replace(cluster, **changes)
+
+
+def _own_device(gpus: str, file: Path) -> Cluster:
+    try:
+        row = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--gpus {gpus!r}: {file}: {error}") from error
+    if not isinstance(row, dict):
+        raise InputError(f"--gpus {gpus!r}: {file} holds no object")
+    return hardware.read_machine(file.stem, row)
 
 
 def read_workload(value: str, seed: int = 0) -> list[TimedPrompt]:

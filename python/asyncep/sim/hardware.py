@@ -141,6 +141,33 @@ def machine(name: str) -> Machine:
     return Machine(read_device(name, row), sources=row.get("sources", {}), **around)
 
 
+def read_machine(name: str, row: Mapping[str, Any]) -> Cluster:
+    """One device of somebody's own and its links, from the fields of `data/devices.json`.
+
+    A link is a known one's name, or its ``bandwidth`` in bytes/s and ``latency`` in seconds. `between`, `host`,
+    `per_node` (8) and `host_bytes` (0) may be left out.
+
+    Raises:
+        DataError: names the field.
+    """
+    missing = [field for field in ("memory_bytes", "memory_bandwidth", "peak", "gemm", "attention") if field not in row]
+    if missing or "inside" not in row:
+        raise DataError(f"device {name!r}: {', '.join([*missing, *([] if 'inside' in row else ['inside'])])} missing")
+    links = {
+        side: INFINITE
+        if side not in row
+        else link(row[side])
+        if isinstance(row[side], str)
+        else read_link(side, row[side])
+        for side in ("inside", "between", "host")
+    }
+    try:
+        around = {"per_node": int(row.get("per_node", 8)), "host_bytes": float(row.get("host_bytes", 0.0))}
+    except (TypeError, ValueError) as error:
+        raise DataError(f"device {name!r}: {error}") from error
+    return Cluster(read_device(name, row), 1, links["inside"], links["between"], links["host"], **around)  # type: ignore[arg-type]
+
+
 def link(name: str) -> Link:
     """A known link. Raises `DataError`."""
     table = _read("links.json")
@@ -175,7 +202,7 @@ def read_device(name: str, row: Mapping[str, Any]) -> Device:
             attention=read_curve(row["attention"]),
             **{key: float(row[key]) for key in ("glue", "narrow", "layer_seconds", "step_seconds") if key in row},
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"device {name!r}: {error!r}") from error
 
 

@@ -163,7 +163,7 @@ def test_what_servers_say_of_themselves() -> None:
         with_server({path: json_at(body) for path, body in bodies.items()}, ask_server)
         for bodies in (two_ranks, routed, plain)
     )
-    assert (engine.ranks, engine.addressable, engine.page, engine.most_tokens) == (2, True, 16, 90)
+    assert (engine.ranks, engine.addressable, engine.page, engine.most_tokens) == (2, True, 16, 89)
     # Behind a router no rank is named, but there is work for all of them.
     assert (router.ranks, router.addressable) == (6, False)
     assert (stock.ranks, stock.addressable, stock.page, stock.most_tokens) == (1, False, 1, None)

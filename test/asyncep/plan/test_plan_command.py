@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 from asyncep.cli import main as asyncep
-from asyncep.commands.plan import main
+from asyncep.commands.plan import digits, main
 from asyncep.plan.inputs import InputError, read_cluster, read_link, read_model, read_workload
 from asyncep.plan.planner import Planner
 from asyncep.sim import hardware
@@ -191,9 +193,104 @@ def test_a_profile_counts_shared_prefixes_once() -> None:
 def test_planning_needs_neither_torch_nor_sglang() -> None:
     script = """
 import sys
-from asyncep.commands.plan import main
+from asyncep.commands.plan import digits, main
 assert main(["--model", "qwen3-30b-a3b", "--gpus", "2xh100", "--workload", "512"]) == 0
 sys.exit(", ".join({"torch", "sglang"} & set(sys.modules)) or 0)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+OWN = {
+    "memory_bytes": 100e9,
+    "memory_bandwidth": 2e12,
+    "peak": {"bf16": 500e12},
+    "gemm": {"bf16": {"top": 0.7, "half": 100}},
+    "attention": {"top": 0.5, "half": 500},
+    "inside": {"bandwidth": 200e9, "latency": 4e-6},
+    "host": "pcie5",
+    "host_bytes": 100e9,
+}
+
+
+def test_a_device_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "Mine.json"
+    file.write_text(json.dumps(OWN))
+    plan = planned(capsys, "--model", "qwen3-30b-a3b", "--gpus", f"4x{file}")
+    assert (plan["gpus"], plan["device"]) == (4, "Mine")
+    assert plan["choice"]["memory"]["total"] <= 100e9
+    for missing in ("peak", "inside", "attention"):
+        file.write_text(json.dumps({name: value for name, value in OWN.items() if name != missing}))
+        assert main(["--model", "qwen3-30b-a3b", "--gpus", f"4x{file}"]) == 2
+        assert f"{missing} missing" in capsys.readouterr().err
+    for wrong in ({"inside": "carrier pigeon"}, {"peak": {"bf16": "much"}}, {"per_node": "many"}, {"memory_bytes": 0}):
+        file.write_text(json.dumps({**OWN, **wrong}))
+        assert main(["--model", "qwen3-30b-a3b", "--gpus", f"4x{file}"]) == 2
+        assert "--gpus '4x" in capsys.readouterr().err
+    file.write_text("[]")
+    assert main(["--model", "qwen3-30b-a3b", "--gpus", f"4x{file}"]) == 2
+
+
+@pytest.mark.parametrize("device", ["b200", "l40s", "mi300x"])
+def test_more_devices(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, "--model", "qwen3-30b-a3b", "--gpus", f"8x{device}")
+    assert 0.05 < plan["choice"]["mfu"] < 0.7
+
+
+def test_hub_names_as_the_hubs_client_has_them(tmp_path: Path) -> None:
+    """A model that the client has downloaded before, and one that it has not."""
+    snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(hardware.model_config("qwen3-30b-a3b")))
+    refs = tmp_path / "hub" / "models--some--model" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+
+    def run(model: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "asyncep", "plan", "--model", model, "--gpus", "1xh100", "--json"]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+    there = run("some/model")
+    assert there.returncode == 0, there.stderr
+    assert "--model-path some/model" in json.loads(there.stdout)["start"]["command"]
+    gone = run("no/such-model")
+    assert gone.returncode == 2
+    assert "--model 'no/such-model': the hub has no config.json of that name, or cannot be reached" in gone.stderr
+
+
+def test_how_to_start_it_and_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    start = planned(capsys, "--model", "qwen3-30b-a3b", "--gpus", "1xh100")["start"]
+    assert start["command"] == "asyncep serve --model-path Qwen/Qwen3-30B-A3B --dp-size 1 --asyncep-strategy replicated"
+    assert start["needs"] == ["nothing of asyncep serve has run on a GPU yet"]
+    start = planned(capsys, "--model", "deepseek-v3", "--gpus", "16xh200", "--dtype", "fp8")["start"]
+    assert [need.split(",")[0] for need in start["needs"]][:2] == [
+        "DeepseekV3ForCausalLM is not among the served architectures: Qwen3MoeForCausalLM",
+        "asyncep serve takes bf16 and fp32 experts",
+    ]
+    plan = planned(capsys, *QWEN, "--dtype", "fp8", "--workload", "512", "--link", "0.4GB/s", "--host-memory", "0")
+    assert plan["start"]["command"].startswith("sglang serve --model-path Qwen/Qwen3-235B-A22B --pp-size")
+    start = planned(capsys, "--model", "qwen3-147m", "--gpus", "1xcpu-core")["start"]
+    assert start["needs"] == []
+
+
+def test_a_million_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, *QWEN, "--price", "2.5")
+    million, rate = plan["million_rows"], plan["choice"]["requests_per_second"]
+    assert million["seconds"] == pytest.approx(1e6 / rate)
+    assert million["cost"] == pytest.approx(8 * 2.5 * 1e6 / rate / 3600)
+    assert main([*QWEN, "--price", "-1"]) == 2
+    assert "--price -1.0: must be at least 0" in capsys.readouterr().err
+    assert main(QWEN) == 0
+    printed = capsys.readouterr().out
+    for words in ("a million rows: ", "device hours", "simulated, calibrated on nothing", "before that: ", "start: "):
+        assert words in printed
+    assert "at the price" not in printed
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.0, "0"), (1234567.0, "1,230,000"), (5.4999, "5.50"), (0.012345, "0.0123"), (999.6, "1,000"), (math.inf, "inf")],
+)
+def test_three_digits(value: float, shown: str) -> None:
+    assert digits(value) == shown

@@ -157,6 +157,11 @@ def test_several_labels_words_and_cuts(runtime: Runtime, oracle: Oracle) -> None
     session, _ = runtime._need()
     most = session.facts.most_tokens
     assert most is not None
+    # What is said to fit does, and one token more does not.
+    [whole] = runtime.logprobs([[7] * most], [5])
+    [longer] = runtime.logprobs([[7] * (most + 1)], [5])
+    assert (whole.error, len(whole.log_probabilities)) == (None, 1)
+    assert f"the model's context length leaves room for {most}" in (longer.error or "")
     for how in ("head", "tail", "middle"):
         [found] = runtime.classify(["word " * 5000], ["b", "c"], truncate=how, template="T: {text}\nL:")
         assert found.error is None
