@@ -11,7 +11,7 @@ from asyncep.errors import CommandError
 # Name, module with `main(arguments) -> int`, one line of help.
 COMMANDS = (
     ("serve", "asyncep_sgl.launch_server", "serve an MoE model, its experts shared by all ranks"),
-    ("classify", "asyncep.commands.classify", "label the rows of a JSONL, CSV or Parquet file"),
+    ("classify", "asyncep.commands.classify", "label the rows of a JSONL, CSV, Parquet or Arrow file"),
     ("plan", "asyncep.commands.plan", "choose strategy, group and batch for a model on given devices"),
     ("demo", "asyncep.commands.demo", "classify real news articles with a real MoE, end to end"),
     ("demo-model", "asyncep.commands.demo_model", "build the demo's model"),

@@ -59,11 +59,13 @@ def launcher(grace: float) -> int:
 
 
 def member(role: str) -> None:
+    if role == "front":
+        # Waited for below: a handler could run right before a pause that then has no end. Before any other thread is
+        # started: one that does not block it would be given it, and the process would end.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [DRAIN_SIGNAL])
     die_with(int(os.environ["LAUNCHER"]), os.environ["TMPDIR"])
     line = StoreClient(os.environ["STORE"])
     if role == "front":
-        # Waited for below: a handler could run right before a pause that then has no end.
-        signal.pthread_sigmask(signal.SIG_BLOCK, [DRAIN_SIGNAL])
         for child in ("controller", "detokenizer"):
             ready, tells = os.pipe()
             subprocess.Popen([sys.executable, __file__, child, str(tells)], pass_fds=[tells])
