@@ -113,7 +113,7 @@ class Scorer:
             if on_batch:
                 on_batch(numbers, answers)
 
-        if behind or len(prompts) > INTERACTIVE_PROMPTS:
+        if behind or not is_small(len(prompts)):
             await self._score_now(prompts, labels, take, behind=True)
         elif prompts:
             await self._together.score(prompts, labels, take)
@@ -195,6 +195,11 @@ class Scorer:
             if self.facts.counts_flops:
                 totals.flops += self.facts.cost.flops(tokens - cached, cached)
                 totals.full_flops += self.facts.cost.flops(tokens)
+
+
+def is_small(prompts: int) -> bool:
+    """Whether a call of so many prompts goes with the server's other requests, and with other small calls."""
+    return prompts <= INTERACTIVE_PROMPTS
 
 
 def common_beginning(prompts: Sequence[Sequence[int]]) -> Sequence[int]:

@@ -7,8 +7,8 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
+from asyncep.client.errors import ServerError
 from asyncep.client.labels import LabelScores, LabelSet
 from asyncep.client.lanes import OnBatch
 
@@ -43,6 +43,8 @@ class Together:
         self._waiting: list[_Call] = []
         self._plans: set[asyncio.Task[None]] = set()
         self._pump: asyncio.Task[None] | None = None
+        self._calls: set[_Call] = set()
+        self._closed = False
         self._coming = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -68,14 +70,21 @@ class Together:
         Raises:
             ServerError: the server failed.
         """
+        if self._closed:
+            raise ServerError("the client is closed; use it in an async with")
         call = _Call(prompts, labels, on_batch)
+        self._calls.add(call)
+        call.done.add_done_callback(lambda _: self._calls.discard(call))
         self._waiting.append(call)
         if self._pump is None or self._pump.done():
             self._pump = asyncio.create_task(self._plan_all())
         await call.done
 
     async def close(self) -> None:
-        """Cancels what is under way."""
+        """Cancels what is under way, and those who wait for it."""
+        self._closed = True
+        for call in tuple(self._calls):
+            call.done.cancel()
         tasks = [*self._plans, *([self._pump] if self._pump else [])]
         for task in tasks:
             task.cancel()
@@ -99,7 +108,7 @@ class Together:
                 plan = asyncio.create_task(self._run(group))
                 self._plans.add(plan)
                 plan.add_done_callback(self._plans.discard)
-                give_up = partial(_give_up, group, plan)
+                give_up = _GiveUp(plan, len(group))
                 for call in group:
                     call.done.add_done_callback(give_up)
 
@@ -134,7 +143,19 @@ class Together:
                 call.done.set_result(None)
 
 
-def _give_up(calls: Sequence[_Call], plan: asyncio.Task[None], _: object) -> None:
-    """Stops a plan that nobody waits for any more."""
-    if not plan.done() and all(call.done.cancelled() for call in calls):
-        plan.cancel()
+@dataclass
+class _GiveUp:
+    """Stops a plan that nobody waits for any more.
+
+    Attributes:
+        waiting: callers who do.
+    """
+
+    plan: asyncio.Task[None]
+    waiting: int
+
+    def __call__(self, _: asyncio.Future[None]) -> None:
+        """One caller has its answers, or has gone."""
+        self.waiting -= 1
+        if not self.waiting and not self.plan.done():
+            self.plan.cancel()

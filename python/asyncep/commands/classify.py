@@ -84,12 +84,13 @@ def _do(options: argparse.Namespace, spec: JobSpec, console: Console) -> tuple[J
         if source is not None:
             source.check()
     peak = options.peak_tflops * 1e12 if options.peak_tflops else None
-    flags = ["--dp-size", str(options.dp_size), "--log-level", "warning"]
+    ranks = options.dp_size or 1
+    flags = ["--dp-size", str(ranks), "--log-level", "warning"]
     with contextlib.ExitStack() as stack:
         url = options.url
         if not url and not options.ray_address:
             peak = peak or measure_peak()
-            console.print(f"starting {options.dp_size} rank(s) of {options.model_path} …")
+            console.print(f"starting {ranks} rank(s) of {options.model_path} …")
             url = stack.enter_context(
                 local_server(
                     options.model_path,
@@ -100,7 +101,7 @@ def _do(options: argparse.Namespace, spec: JobSpec, console: Console) -> tuple[J
                 )
             )
         if options.ray_address:
-            console.print(f"starting {options.dp_size} rank(s) of {options.model_path} on each host …")
+            console.print(f"starting {ranks} rank(s) of {options.model_path} on each host …")
             opening = open_ray_session(
                 options.ray_address, options.model_path, nodes=options.ray_nodes, arguments=flags
             )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,6 +107,8 @@ def job_of(options: argparse.Namespace, scratch: Path) -> Iterator[JobSpec]:
     if not streamed:
         yield spec
         return
+    if sys.stdin is None:
+        raise InputError("IN -: standard input is closed")
     if sys.stdin.isatty():
         print("asyncep classify: reading rows from the terminal; end with Ctrl-D", file=sys.stderr)
     folder = scratch if to_stdout or not output.parent.is_dir() else output.parent
@@ -142,6 +146,14 @@ def _check_where(options: argparse.Namespace) -> None:
         raise InputError("--ray-nodes: only with --ray-address")
     if options.limit is not None and options.limit < 0:
         raise InputError(f"--limit {options.limit}: a number of rows is needed")
+    if options.other is not None and options.other_below is None:
+        raise InputError("--other: only with --other-below")
+    if options.report is not None and options.no_report:
+        raise InputError("give either --report FILE or --no-report")
+    if options.dp_size is not None and options.url:
+        raise InputError("--dp-size: only with --model-path; the server at --url has its ranks")
+    if options.peak_tflops is not None and not options.peak_tflops > 0:
+        raise InputError(f"--peak-tflops {options.peak_tflops}: a number above 0 is needed")
     if options.batch_rows is not None:
         print("asyncep classify: --batch-rows does nothing any more; batches are planned", file=sys.stderr)
     most_errors(options.max_errors, 0)
@@ -190,13 +202,13 @@ def _task(options: argparse.Namespace) -> TaskOptions:
         multi_label=options.multi_label,
         threshold=threshold,
         other_below=options.other_below,
-        other=options.other,
+        other=options.other or "other",
         truncate=options.truncate,
     )
     try:
         task.check()
     except OptionError as error:
-        raise type(error)(_in_flags(str(error))) from None
+        raise type(error)(_in_flags(str(error), "--labels-file" if options.labels_file else "--labels")) from None
     return task
 
 
@@ -206,11 +218,17 @@ def _labels(options: argparse.Namespace) -> Labels:
     return read_labels(options.labels_file) if options.labels_file else labels_in(options.labels)
 
 
-def _in_flags(message: str) -> str:
-    """An error of a Python argument in the words of a shell."""
+def _in_flags(message: str, labels: str) -> str:
+    """An error of a Python argument in the words of a shell.
+
+    Args:
+        labels: the flag that the labels came with.
+    """
     name, colon, rest = message.partition(":")
     if not name.isidentifier():
         return message
+    if name in ("labels", "descriptions", "words"):
+        return f"{labels}: {'' if name == 'labels' else name + ':'}{rest.lstrip() if name == 'labels' else rest}"
     rest = rest.replace("chat=True", "--chat").replace("multi_label", "--multi-label")
     return f"--{name.replace('_', '-')}{colon}{rest.replace('other_below', '--other-below')}"
 
@@ -223,6 +241,9 @@ def _read_besides(options: argparse.Namespace) -> Iterator[Named]:
         yield "--template", Path(options.template[1:])
     if options.model_path:
         yield "--model-path", Path(options.model_path)
+    if options.input == STREAM and sys.stdin is not None and stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode):
+        # Under its own name: what is read is a copy.
+        yield SHELL.source, Path(f"/proc/self/fd/{sys.stdin.fileno()}")
 
 
 def _template_text(given: str | None) -> str | None:
@@ -336,7 +357,7 @@ def _add_prompt(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--other-below", type=float, metavar="P", help="a row whose best label is less probable gets the label --other"
     )
-    group.add_argument("--other", default="other", metavar="LABEL", help="see --other-below (default: other)")
+    group.add_argument("--other", metavar="LABEL", help="see --other-below (default: other)")
     group.add_argument(
         "--template",
         metavar="TEXT|@FILE",
@@ -387,9 +408,7 @@ def _add_where(group: argparse._ArgumentGroup) -> None:
         metavar="PATH",
         help="start a server for this model, for the length of the job; give this or --url",
     )
-    group.add_argument(
-        "--dp-size", type=_at_least_one, default=1, metavar="N", help="ranks of the started server (default 1)"
-    )
+    group.add_argument("--dp-size", type=_at_least_one, metavar="N", help="ranks of the started server (default 1)")
     group.add_argument(
         "--ray-address",
         metavar="HOST:PORT",

@@ -141,13 +141,13 @@ def _values(batch: Any) -> list[dict[str, Any] | str]:
     """A batch's rows; one with bytes that are no UTF-8 is its error."""
     try:
         rows: list[dict[str, Any] | str] = batch.to_pylist()
-    except ValueError:
+    except (ValueError, OverflowError):
         rows = []
         for number in range(batch.num_rows):
             try:
                 rows += batch.slice(number, 1).to_pylist()
             except UnicodeDecodeError as error:
                 rows.append(f"not UTF-8: {error}")
-            except ValueError as error:  # a time in nanoseconds, which Python has none for
+            except (ValueError, OverflowError) as error:  # a time that Python has none for
                 rows.append(f"cannot be read: {error}")
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -76,6 +77,8 @@ class CsvTable:
     def _find_header(self, wanted: Sequence[str]) -> tuple[str, list[str]]:
         """The delimiter, and the columns' names: the first delimiter with which all that are wanted are there."""
         tried = [self._options.delimiter] if self._options.delimiter else list(_DELIMITERS[self._form.kind])
+        if not self._options.header and len(tried) > 1:
+            tried = [self._dividing(tried)]
         found: list[tuple[str, list[str]]] = []
         for delimiter in tried:
             try:
@@ -92,6 +95,20 @@ class CsvTable:
             found.append((delimiter, header))
         # As an error shows it best: the one that makes the most columns of it.
         return max(found, key=lambda entry: len(entry[1]))
+
+    def _dividing(self, tried: Sequence[str]) -> str:
+        """The delimiter of a table without names: the only one that divides its first row."""
+        found = []
+        for delimiter in tried:
+            with contextlib.suppress(InputError):
+                if len(next(self._rows(delimiter), (0, []))[1]) > 1:
+                    found.append(delimiter)
+        if len(found) > 1:
+            shown = " and ".join(map(repr, found))
+            raise InputError(
+                f"{self._path}: its first row can be divided by {shown}; say by which: {self._words.delimiter}"
+            )
+        return found[0] if found else tried[0]
 
     def _rows(self, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         """Every row with the line it begins in, the header first."""

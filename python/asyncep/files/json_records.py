@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
@@ -126,8 +127,11 @@ def decoded(content: bytes) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """What `orjson.dumps` asks about a value it does not know: a long number as it was written, others as text."""
-    return orjson.Fragment(value.text) if isinstance(value, Number) else str(value)
+    """What `orjson.dumps` asks about a value it does not know: a long number as it was written, bytes in base64, others
+    as text."""
+    if isinstance(value, Number):
+        return orjson.Fragment(value.text)
+    return b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
 def _utf8_lines(path: Path, form: FileFormat, encoding: str | None) -> Iterator[bytes]:
@@ -149,4 +153,8 @@ def _exact_int(text: str) -> int | Number:
 
 def _exact_float(text: str) -> float | Number:
     value = float(text)
-    return value if Decimal(repr(value)) == Decimal(text) else Number(text)
+    try:
+        exact = Decimal(repr(value)) == Decimal(text)
+    except ArithmeticError:  # an exponent that not even a decimal has
+        exact = False
+    return value if exact else Number(text)

@@ -43,11 +43,13 @@ def open_text(path: Path, compression: Compression | None, encoding: str | None,
     """The file's text, its line ends as they are. Bytes that are none of the encoding become lone surrogates."""
     file = open_bytes(path, compression)
     try:
-        known = encoding or marked_encoding(file) or "utf-8"
+        marked = marked_encoding(file)
+        # A mark is taken off also where the encoding was given.
+        same = encoding and marked and marked[:6] == encoding.lower().replace("_", "-")[:6]
+        known = (marked if same else encoding) or marked or "utf-8"
     except BaseException:
         file.close()
         raise
-    # A mark is taken off also where the encoding was given.
     named = "utf-8-sig" if known.lower().replace("_", "-") in ("utf-8", "utf8") else known
     return io.TextIOWrapper(file, encoding=named, errors="surrogateescape", newline=newline)
 

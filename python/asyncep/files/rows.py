@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -9,9 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from asyncep.files.columnar import ColumnarTable
 from asyncep.files.csv_table import CsvTable
-from asyncep.files.json_records import JsonArray, JsonLines, is_array
+from asyncep.files.json_records import JsonArray, JsonLines, is_array, plain
 from asyncep.files.kinds import FileFormat, InputError, ReadOptions
 from asyncep.files.opening import reading, refuse_foreign
 from asyncep.files.records import Raw, Records, Wanted
@@ -23,6 +26,7 @@ __all__ = ["InputError", "Row", "RowSource"]
 _SHARD_BLOCK = 32
 # Their strings are UTF-8.
 _BINARY = ("parquet", "arrow")
+_counting = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +91,11 @@ class RowSource:
                 that cannot be told apart.
         """
         form = self.format
+        if self.path.is_fifo():
+            raise InputError(f"{self.path}: is a pipe, which can be read once; give - and the pipe as standard input")
         if not self.path.is_file():
             raise InputError(f"{self.path}: no such file")
+        self._check_part()
         self.options.check(form, self.words)
         if form.kind not in _BINARY and self.options.encoding is None:
             with reading(self.path):
@@ -157,12 +164,22 @@ class RowSource:
             return JsonArray(self.path, form, options.encoding)
         return JsonLines(self.path, form, options.encoding)
 
+    def _check_part(self) -> None:
+        """Refuses a limit or a shard that there is not."""
+        words, (index, count) = self.words, self.shard
+        if self.limit is not None and (type(self.limit) is not int or self.limit < 0):
+            raise InputError(f"{words.limit} {self.limit!r}: a number of rows is needed")
+        if type(index) is not int or type(count) is not int or not 0 <= index < count:
+            raise InputError(f"{words.shard} {self.shard!r}: (i, n) is needed, with i from 0 to n - 1")
+
     def _look_for_fields(self, records: Records) -> None:
         """Refuses fields that no line has. As a rule the first line has all of them, and is all that is read."""
         missing = self._wanted
         seen: list[str] | None = None
-        for record in records.raw():
+        for number, record in enumerate(records.raw()):
             fields = records.fields(record)
+            if not number and self.format.kind == "json" and isinstance(fields, str) and isinstance(records, JsonLines):
+                raise InputError(f"{self.path}: an array of objects, or an object a line, is needed: {fields}")
             if isinstance(fields, dict):
                 seen = list(fields) if seen is None else seen
                 missing = [(argument, name) for argument, name in missing if name not in fields]
@@ -181,6 +198,9 @@ class RowSource:
             return Row(number, None, error=f"line {line}: {fields}" if line else fields)
         gold = fields.get(self.gold_field) if self.gold_field else None
         kept = {name: fields.get(name) for name in self.keep} if self.keep else {}
+        for name, value in kept.items():
+            if isinstance(value, list | dict) and not _writable(value):
+                return Row(number, None, gold, f"{name!r}: nested too deep to be written", {**kept, name: None})
         text = fields.get(self.text_field)
         if not isinstance(text, str):
             problem = f"{self.text_field!r}: a string is needed, not {type(text).__name__}"
@@ -190,9 +210,23 @@ class RowSource:
         return Row(number, text, gold, None, kept)
 
 
+def _writable(value: Any) -> bool:
+    try:
+        orjson.dumps(value, default=plain)
+    except TypeError:
+        return False
+    return True
+
+
+def _records_in(source: RowSource, stamp: tuple[int, ...]) -> int:
+    """Records that the source's limit leaves. Two who ask at the same time wait for one count."""
+    with _counting:
+        return _counted(source, stamp)
+
+
 @lru_cache(maxsize=16)
-def _records_in(source: RowSource, _stamp: tuple[int, ...]) -> int:
-    """Records that the source's limit leaves; counted again only for a file that has changed."""
+def _counted(source: RowSource, _stamp: tuple[int, ...]) -> int:
+    """The same; counted again only for a file that has changed."""
     records = source._records()
     total = records.count()
     if total is None:

@@ -24,6 +24,8 @@ class Wording:
     restart: str
     report: str
     calibration: str
+    limit: str
+    shard: str
 
 
 SHELL = Wording(
@@ -42,6 +44,8 @@ SHELL = Wording(
     restart="--restart",
     report="--report",
     calibration="--calibration",
+    limit="--limit",
+    shard="--shard",
 )
 PYTHON = Wording(
     source="source",
@@ -59,4 +63,6 @@ PYTHON = Wording(
     restart="restart=True",
     report="report",
     calibration="calibrate",
+    limit="limit",
+    shard="shard",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from itertools import islice
 
@@ -65,23 +66,33 @@ async def estimated(source: RowSource, rows: int, session: Session, task: Task) 
     Args:
         rows: how many the source has.
     """
-    texts = [row.text for row in islice(source.rows(), _ROWS) if row.text is not None]
+    texts = await asyncio.to_thread(_first_texts, source)
     prompts, _ = await prompts_of(texts, task, session.tokens, session.facts.most_tokens)
-    cost = session.facts.cost
-    page = session.facts.page
-    shared = len(common_beginning(prompts)) // page * page
-    first = [cost.flops(max(1, len(prompt) - shared), min(shared, len(prompt) - 1)) for prompt in prompts if prompt]
-    tails = [_tail_cost(cost, len(prompt), task) for prompt in prompts if prompt]
+    facts, width = session.facts, len(task.templates)
+    shared = len(common_beginning(prompts)) // facts.page * facts.page
+    first = tails = 0
+    for start in range(0, len(prompts), width):
+        mine = [prompt for prompt in prompts[start : start + width] if prompt]
+        # Of a text's prompts the first computes what it shares with the others.
+        own = len(common_beginning(mine)) // facts.page * facts.page if len(mine) > 1 else 0
+        for number, prompt in enumerate(mine):
+            cached = min(max(shared, own if number else 0), len(prompt) - 1)
+            first += facts.cost.flops(len(prompt) - cached, cached)
+            tails += _tail_cost(facts.cost, len(prompt), task)
     count = max(1, len(texts))
     return Estimate(
         rows,
         sum(map(len, prompts)) / max(1, len(prompts)),
-        len(task.templates),
+        width,
         task.label_set.passes,
-        (sum(first) + sum(tails)) / count,
-        sum(first) / count,
-        session.facts.counts_flops,
+        (first + tails) / count,
+        first / count,
+        facts.counts_flops,
     )
+
+
+def _first_texts(source: RowSource) -> list[str]:
+    return [row.text for row in islice(source.rows(), _ROWS) if row.text is not None]
 
 
 def flops_in_words(count: float) -> str:

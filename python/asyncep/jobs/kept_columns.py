@@ -3,15 +3,14 @@ narrowest that holds all of them as they are."""
 
 from __future__ import annotations
 
-import math
 import re
+from base64 import b64encode
 from collections.abc import Iterable
-from decimal import Decimal
 from typing import Any, Literal
 
 import orjson
 
-from asyncep.files.json_records import plain
+from asyncep.files.json_records import Number, decoded, plain
 
 # Of one JSON value, or of all of a column.
 ValueKind = Literal["nothing", "truth", "whole", "fraction", "text", "other"]
@@ -26,9 +25,12 @@ def as_json(value: Any) -> str | None:
 
 
 def as_text(value: Any) -> str | None:
-    """A kept value for a column of text: strings as they are, dates and decimals as they print, the rest as JSON."""
+    """A kept value for a column of text: strings as they are, dates and decimals as they print, bytes in
+    base64, the rest as JSON."""
     if value is None or isinstance(value, str):
         return value
+    if isinstance(value, bytes):
+        return b64encode(value).decode()
     if isinstance(value, bool | list | dict):
         return orjson.dumps(value, default=plain).decode()
     return str(value)
@@ -47,8 +49,7 @@ def kind_of(written: str | None) -> ValueKind:
         return "whole"
     if first in "[{" or not any(mark in written for mark in ".eE"):
         return "other"
-    value = float(written)
-    return "fraction" if math.isfinite(value) and Decimal(repr(value)) == Decimal(written) else "other"
+    return "other" if isinstance(decoded(written.encode()), Number) else "fraction"
 
 
 class KeptValues:

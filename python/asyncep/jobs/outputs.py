@@ -58,6 +58,8 @@ def output_format(
     Raises:
         InputError: a kept field has the name of one of the output's own.
     """
+    if len(set(keep)) < len(keep):
+        raise InputError(f"{argument}: {next(name for name in keep if keep.count(name) > 1)!r} is named twice")
     if form.kind in ("jsonl", "json"):
         fields = {"row", *_answered(_NOTHING, options), "error", *(["gold"] if gold else [])}
         if own := sorted(fields & set(keep)):
@@ -70,7 +72,7 @@ def output_format(
         raise InputError(f"{argument}: the output has a column {', '.join(twice)} of its own; rename yours")
     if form.kind in ("csv", "tsv"):
         return _Csv(columns, options, "," if form.kind == "csv" else "\t")
-    return _Columnar(columns, options, keep, types or {}, parquet=form.kind == "parquet")
+    return _Columnar(columns, options, keep, types or {}, argument, parquet=form.kind == "parquet")
 
 
 def join_parts(unfinished: Path, parts: Sequence[Path], form: OutputFormat, compression: FileFormat) -> None:
@@ -198,6 +200,7 @@ class _Columnar:
         options: TaskOptions,
         keep: Sequence[str],
         types: Mapping[str, Any],
+        argument: str,
         *,
         parquet: bool,
     ) -> None:
@@ -211,9 +214,12 @@ class _Columnar:
             "count": pyarrow.int64(),
         }
         self._untyped = [name for name in keep if name not in types]
+        types = {name: _as_values(types[name]) for name in keep if name in types}
         known = {"row": pyarrow.int64(), **{name: of_kinds[kind] for name, kind in _columns(options).items()}}
         known.update({name: types[name] for name in keep if name in types})
         self._schema = pyarrow.schema([(name, known.get(name, pyarrow.string())) for name in columns])
+        for name in types:
+            self._check_column(name, argument)
 
     def part(self, rows: Sequence[Row], answers: Sequence[Classification]) -> bytes:
         import pyarrow
@@ -239,12 +245,7 @@ class _Columnar:
         schema = self._schema
         for name, kind in kinds.items():
             schema = schema.set(schema.get_field_index(name), pyarrow.field(name, kind.arrow_type()))
-        writer = (
-            pyarrow.parquet.ParquetWriter(out, schema, compression="zstd")
-            if self._parquet
-            else pyarrow.ipc.new_file(out, schema)
-        )
-        with writer:
+        with self._writer(out, schema) as writer:
             for batch in _batches(parts):
                 arrays = [
                     typed(batch.column(field.name).to_pylist(), field.type)
@@ -253,6 +254,39 @@ class _Columnar:
                     for field in schema
                 ]
                 writer.write_batch(pyarrow.RecordBatch.from_arrays(arrays, schema=schema))
+
+    def _writer(self, out: Any, schema: Any) -> Any:
+        import pyarrow.parquet
+
+        if self._parquet:
+            return pyarrow.parquet.ParquetWriter(out, schema, compression="zstd")
+        return pyarrow.ipc.new_file(out, schema)
+
+    def _check_column(self, name: str, argument: str) -> None:
+        """Refuses a kept column of a type that cannot be written, before anything is computed."""
+        import pyarrow
+
+        field = self._schema.field(name)
+        try:
+            array = pyarrow.array([None], field.type)
+            with self._writer(pyarrow.BufferOutputStream(), pyarrow.schema([field])) as writer:
+                writer.write_batch(pyarrow.RecordBatch.from_arrays([array], names=[name]))
+        except (pyarrow.ArrowException, TypeError, ValueError) as error:
+            raise InputError(f"{argument} {name}: a column of type {field.type} cannot be written: {error}") from error
+
+
+def _as_values(kind: Any) -> Any:
+    """A type without dictionaries: each part would have another one."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(kind):
+        return _as_values(kind.value_type)
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        make = pyarrow.list_ if pyarrow.types.is_list(kind) else pyarrow.large_list
+        return make(_as_values(kind.value_type))
+    if pyarrow.types.is_struct(kind):
+        return pyarrow.struct([(field.name, _as_values(field.type)) for field in kind])
+    return kind
 
 
 def _batches(parts: Iterable[Path]) -> Iterator[Any]:

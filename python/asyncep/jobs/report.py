@@ -5,12 +5,10 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from asyncep.jobs.estimate import flops_in_words
 from asyncep.jobs.spec import JobResult
-from asyncep.own_files import new_file
 from asyncep.tasks.summary import BINS, Summary
 
 _TEMPLATE = "report.html.j2"
@@ -131,7 +129,7 @@ def settings_in_words(settings: Mapping[str, Any]) -> dict[str, str]:
         "examples in the prompt": "\n".join(f"{text} → {label}" for text, label in settings["examples"]),
         "calibrated on": calibration[0] if from_file else ", ".join(calibration),
         "chat format": f"yes; system message: {system}" if system else "yes" if chat else "",
-        "texts that are too long": f"their {settings['truncate']} is cut" if settings["truncate"] else "",
+        "texts that are too long": f"their {settings['truncate'][0]} is cut" if settings["truncate"] else "",
         "score of a label of several tokens": "the mean of its tokens" if settings["length"] == "mean" else "",
         "output": settings["format"],
     }
@@ -156,16 +154,6 @@ def html_report(result: JobResult, peak: float | None = None) -> str:
         pictures=list(_pictures(summary)),
         flops=flops_in_words,
     )
-
-
-def write_html(path: Path, result: JobResult, peak: float | None = None, *, overwrite: bool = False) -> None:
-    """Writes the report.
-
-    Raises:
-        OutputError: something stands there already.
-    """
-    with new_file("--report", path, overwrite=overwrite) as file:
-        file.write(html_report(result, peak).encode())
 
 
 def _picture(draw: Any, summary: Summary) -> str:
@@ -210,7 +198,7 @@ def _draw_labels(figure: Any, summary: Summary) -> None:
     for offset, name in ((-0.2, "precision"), (0.2, "recall")):
         values = [getattr(summary.judge(label), name) or 0.0 for label in labels]
         axes.barh([y + offset for y in range(len(labels))], values, height=0.36, label=name)
-    axes.set_yticks(range(len(labels)), labels)
+    axes.set_yticks(range(len(labels)), _plain(labels))
     axes.invert_yaxis()
     axes.set(xlim=(0, 1), title="precision and recall of each label")
     axes.legend(loc="lower right")
@@ -226,13 +214,18 @@ def _draw_confusion(figure: Any, summary: Summary) -> None:
     figure.set_size_inches(size + 1, size)
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
-    axes.set_yticks(range(len(golds)), golds)
+    axes.set_xticks(range(len(labels)), _plain(labels), rotation=45, ha="right")
+    axes.set_yticks(range(len(golds)), _plain(golds))
     axes.set(xlabel="predicted", ylabel="true", title="share of each true label")
     for y, gold in enumerate(golds):
         for x, label in enumerate(labels):
             if count := summary.pairs[gold, label]:
                 axes.text(x, y, count, ha="center", va="center", color="white" if shares[y][x] > 0.5 else "black")
+
+
+def _plain(labels: Sequence[str]) -> list[str]:
+    """Labels as they are: between two dollar signs a drawing would see a formula."""
+    return [label.replace("$", r"\$") for label in labels]
 
 
 def _with_rows(summary: Summary) -> Sequence[str]:

@@ -35,7 +35,6 @@ _WRITTEN = ("written output", "written report")
 
 
 OnProgress = Callable[[Progress], None]
-OnDone = Callable[[JobResult], None]
 OnBegin = Callable[[Estimate], None]
 
 
@@ -44,15 +43,13 @@ async def run_job(
     session: Session,
     *,
     on_progress: OnProgress | None = None,
-    on_done: OnDone | None = None,
     on_begin: OnBegin | None = None,
 ) -> JobResult:
     """Does the job, or what is left of it.
 
     Args:
         on_progress: told after each batch and each part.
-        on_begin: told what it will cost, before the first row is computed.
-        on_done: called when output and report are in place and before the record of the job is removed.
+        on_begin: told what it will cost, as soon as the rows are counted.
 
     Raises:
         InputError: the input cannot be used.
@@ -64,16 +61,20 @@ async def run_job(
     spec.check_files()
     await asyncio.to_thread(spec.source.check)
     form = spec.rows_as(await asyncio.to_thread(spec.source.kept_types))
-    settings = spec.settings(session.facts.model)
+    settings = spec.settings(session.facts.model, session.facts.most_tokens)
     words = spec.words
     with open_journal(spec.output, settings, restart=spec.restart, fix=words.restart) as journal:
         for number, (flag, path) in enumerate(spec.writes):
             check_free(flag, path, overwrite=spec.overwrite, own=journal.get(_WRITTEN[number]), fix=words.overwrite)
         if not _is_own(journal, _OUTPUT, spec.output):
             task = await _task(spec, session, journal)
-            if on_begin:
-                on_begin(await estimated(spec.source, await asyncio.to_thread(spec.source.count), session, task))
-            await _Job(spec, session, task, journal, form, on_progress or _nothing).run()
+            estimate = asyncio.create_task(_estimate(spec, session, task, on_begin)) if on_begin else None
+            try:
+                await _Job(spec, session, task, journal, form, on_progress or _nothing).run()
+            finally:
+                if estimate is not None:
+                    estimate.cancel()
+                    await asyncio.gather(estimate, return_exceptions=True)
             await asyncio.to_thread(_check_whole, spec, settings, journal)
             parts = [journal.part_path(number) for number in sorted(journal.done)]
             await asyncio.to_thread(join_parts, journal.joined_path, parts, form, spec.format)
@@ -85,10 +86,12 @@ async def run_job(
         result = JobResult(summary, journal.figures(), settings, spec.output, spec.report)
         if spec.report:
             await asyncio.to_thread(_report, journal, result, spec)
-        if on_done:
-            on_done(result)
         journal.finished = True
     return result
+
+
+async def _estimate(spec: JobSpec, session: Session, task: Task, on_begin: OnBegin) -> None:
+    on_begin(await estimated(spec.source, await asyncio.to_thread(spec.source.count), session, task))
 
 
 def _is_own(journal: Journal, number: int, path: Path) -> bool:
@@ -143,7 +146,12 @@ async def _task(spec: JobSpec, session: Session, journal: Journal) -> Task:
             told = f"{len(bad)} of {len(rows)} rows are left out, the first of them row {bad[0].number}: {bad[0].error}"
             logger.warning("%s %s: %s", spec.words.calibration, spec.calibration.path, told)
         options = replace(options, calibrate=texts)
-    task = await session.prepare(options)
+    try:
+        task = await session.prepare(options)
+    except OptionError as error:
+        if spec.calibration is None or not str(error).startswith("calibrate:"):
+            raise
+        raise OptionError(f"{spec.words.calibration} {spec.calibration.path}{str(error)[len('calibrate') :]}") from None
     journal.put("offsets", task.offsets)
     return task
 

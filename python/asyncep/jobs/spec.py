@@ -100,8 +100,12 @@ class JobSpec:
             # A job that was begun may have put its output there; `run_job` asks its journal.
             check_free(flag, path, overwrite=self.overwrite or folder.is_dir(), fix=words.overwrite)
 
-    def settings(self, model: str) -> dict[str, Any]:
-        """All that decides what the output is."""
+    def settings(self, model: str, most_tokens: int | None = None) -> dict[str, Any]:
+        """All that decides what the output is.
+
+        Args:
+            most_tokens: how many a prompt may have, on which depends what of a text is cut.
+        """
         options = self.options
         return {
             "model": model,
@@ -118,7 +122,7 @@ class JobSpec:
             if options.multi_label
             else None,
             "other": [options.other, options.other_below],
-            "truncate": options.truncate,
+            "truncate": [options.truncate, most_tokens] if options.truncate else None,
             "template": options.prompt,
             "examples": [list(example) for example in options.examples],
             "calibration": self.calibration.facts() if self.calibration else list(options.calibrate),

@@ -63,8 +63,9 @@ def start_of(option: Option, cluster: Cluster, model: str, config: Mapping[str, 
         return Start(f"sglang serve --model-path {model} {_STOCK[strategy].format(n=group)}", servers, ())
     if strategy == "replicated" or group == 1:
         # Ranks that need nothing of each other are one server's.
-        per_host = min(cluster.devices, cluster.per_node)
-        servers, group = max(1, cluster.devices // per_host), per_host
+        most = min(cluster.devices, cluster.per_node)
+        group = next(size for size in range(most, 0, -1) if cluster.devices % size == 0)
+        servers = cluster.devices // group
     flags = [f"--dp-size {group}", f"--asyncep-strategy {strategy}"]
     memory = option.deployment.memory
     on_gpu = cluster.device.name != "cpu-core"

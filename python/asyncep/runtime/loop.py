@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 T = TypeVar("T")
 
@@ -21,6 +21,7 @@ class LoopThread:
 
     def __init__(self, explain: Callable[[Exception], Exception] = lambda error: error) -> None:
         self._explain = explain
+        self._closing: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="asyncep-runtime", daemon=True)
         self._thread.start()
@@ -56,22 +57,32 @@ class LoopThread:
 
     def iterate(self, source: AsyncIterator[T]) -> Iterator[T]:
         """Its items, for a thread without a loop."""
+        items = _Items(source)
         try:
-            while (item := self.run(_next(source))) is not _END:
+            while (item := self.run(items.next())) is not _END:
                 yield item  # type: ignore[misc] # not the end
+        except SourceRaised as raised:
+            raise raised.error from None
         finally:
-            # An iterator that was left half-way may be thrown away after the runtime has ended.
-            if not self._loop.is_closed():
-                self.run(_close(source))
+            # An iterator that was left half-way may be thrown away after the runtime has ended, or by the collector
+            # in the loop's own thread, which cannot wait for itself.
+            if threading.current_thread() is self._thread:
+                self._closing.add(task := self._loop.create_task(items.close()))
+                task.add_done_callback(self._closing.discard)
+            elif not self._loop.is_closed():
+                self.run(items.close())
 
     async def aiterate(self, source: AsyncIterator[T]) -> AsyncIterator[T]:
         """Its items, for another loop."""
+        items = _Items(source)
         try:
-            while (item := await self.start(_next(source))) is not _END:
+            while (item := await self.start(items.next())) is not _END:
                 yield item  # type: ignore[misc] # not the end
+        except SourceRaised as raised:
+            raise raised.error from None
         finally:
             if not self._loop.is_closed():
-                await self.start(_close(source))
+                await self.start(items.close())
 
     def stop(self) -> None:
         """Cancels what is under way and ends the thread."""
@@ -81,8 +92,39 @@ class LoopThread:
         self._loop.close()
 
 
-async def _next(source: AsyncIterator[T]) -> T | object:
-    return await anext(source, _END)
+class SourceRaised(Exception):
+    """A caller's iterator has raised what would end the loop; its caller gets it as it was.
+
+    Attributes:
+        error: what was raised.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(repr(error))
+        self.error = error
+
+
+class _Items(Generic[T]):
+    """An asynchronous iterator's items, asked for one at a time. Closing ends the one that is being asked for first."""
+
+    def __init__(self, source: AsyncIterator[T]) -> None:
+        self._source = source
+        self._asked: asyncio.Task[T | object] | None = None
+
+    async def next(self) -> T | object:
+        self._asked = asyncio.create_task(self._next())
+        return await self._asked
+
+    async def close(self) -> None:
+        if self._asked is not None and not self._asked.done():
+            self._asked.cancel()
+            await asyncio.wait((self._asked,))
+        close = getattr(self._source, "aclose", None)
+        if close is not None:
+            await close()
+
+    async def _next(self) -> T | object:
+        return await anext(self._source, _END)
 
 
 async def _cancel_others() -> None:
@@ -91,9 +133,3 @@ async def _cancel_others() -> None:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
     await asyncio.get_running_loop().shutdown_asyncgens()
-
-
-async def _close(source: AsyncIterator[Any]) -> None:
-    close = getattr(source, "aclose", None)
-    if close is not None:
-        await close()

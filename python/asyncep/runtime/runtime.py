@@ -391,6 +391,7 @@ class Runtime:
             restart=restart,
             overwrite=overwrite,
             report=None if report is None else Path(report),
+            reads=(("labels", labels),) if isinstance(labels, Path) else (),
             form=None if output_format is None else FileFormat.named(output_format, PYTHON.output_format),
         )
         return loop.run(run_job(spec, session, on_progress=on_progress))

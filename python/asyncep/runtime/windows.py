@@ -14,6 +14,8 @@ from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, 
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from asyncep.runtime.loop import SourceRaised
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -115,7 +117,9 @@ class _Source(Generic[T]):
                 self._put(item)
             self._put(_End)
         except asyncio.CancelledError:
-            raise
+            if self._stopped:
+                raise
+            self._put(_Failed(RuntimeError("the source was cancelled")))
         except BaseException as error:
             self._put(_Failed(error))
 
@@ -136,7 +140,8 @@ async def in_order(
         linger: seconds after its first item that a window waits for more while fewer windows are under way.
 
     Raises:
-        what the source raises, after the answers to all that it gave before.
+        what the source raises, after the answers to all that it gave before; as a `SourceRaised` what would end the
+            loop, such as `SystemExit`.
     """
     items = _Source(source, size)
     under_way: deque[asyncio.Future[list[R]]] = deque()
@@ -165,7 +170,7 @@ async def in_order(
             limit = max(0.0, late) if window and len(under_way) < ahead else None
             await _first(items, under_way[0] if under_way else None, limit)
         if isinstance(ended, _Failed):
-            raise ended.error
+            raise ended.error if isinstance(ended.error, Exception) else SourceRaised(ended.error)
     finally:
         items.stop()
         for task in under_way:

@@ -35,7 +35,8 @@ async def prompts_of(
 
     def longest(number: int) -> int:
         mine = prompts[number * width : (number + 1) * width]
-        return max((len(ids) for ids in mine if not isinstance(ids, Untokenized)), default=0)
+        # What the server refuses to divide is too long for it, and nothing more is known.
+        return max(2 * room if isinstance(ids, Untokenized) else len(ids) for ids in mine)
 
     # A prompt that does not fit without any text stays as it is, and is refused with its length.
     long = [number for number in range(len(texts)) if longest(number) > room] if room > bare else []

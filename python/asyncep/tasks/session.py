@@ -18,7 +18,7 @@ from asyncep.client.generate import Behind, GenerateClient, ServerApi
 from asyncep.client.labels import LabelScores, LabelSet
 from asyncep.client.lanes import OnBatch
 from asyncep.client.probes import Answerer
-from asyncep.client.scorer import Scorer
+from asyncep.client.scorer import Scorer, is_small
 from asyncep.client.server_facts import ServerFacts, ask_server
 from asyncep.client.tokens import TextTokens, chat_surroundings, tokens_for
 from asyncep.tasks.arguments import as_declared, refuse_unknown
@@ -79,7 +79,7 @@ class Session:
                 self._prepared.popitem(last=False)
         self._prepared.move_to_end(key)
         # One caller that is cancelled does not take the others' away.
-        return await asyncio.shield(found)
+        return found.result() if found.done() else await asyncio.shield(found)
 
     async def _prepare(self, options: TaskOptions) -> Task:
         templates = options.templates()
@@ -143,15 +143,15 @@ class Session:
             ServerError: the server failed.
         """
         results: list[TextScores | str] = [_unusable(text) for text in texts]
-        good = [number for number, text in enumerate(texts) if _usable(text)]
+        good = [number for number, reason in enumerate(results) if not reason]
         if on_texts and len(good) < len(texts):
-            bad = sorted(set(range(len(texts))) - set(good))
+            bad = [number for number, reason in enumerate(results) if reason]
             on_texts(bad, [results[number] for number in bad])
-        with self.scorer.coming():
+        width = len(task.templates)
+        with self.scorer.coming() if not behind and is_small(len(good) * width) else contextlib.nullcontext():
             prompts, cut = await prompts_of(
                 [texts[number] for number in good], task, self.tokens, self.facts.most_tokens
             )
-        width = len(task.templates)
         answers: list[list[LabelScores | str]] = [[""] * width for _ in good]
         left = [width] * len(good)
 
@@ -176,9 +176,7 @@ class Session:
 
     async def classify_as(self, texts: Sequence[str], options: TaskOptions) -> list[Classification]:
         """The same, not made ready beforehand."""
-        with self.scorer.coming():
-            task = await self.prepare(options)
-        return await self.classify(texts, task)
+        return await self.classify(texts, await self.prepare(options))
 
     async def logprobs(self, prompts: Sequence[str | Sequence[int]], token_ids: Sequence[int]) -> list[TokenLogProbs]:
         """See `Runtime.logprobs`."""
@@ -260,10 +258,6 @@ async def session_with(answerer: Answerer, tokens: TextTokens, facts: ServerFact
         yield Session(scorer, tokens, None)
 
 
-def _usable(text: object) -> bool:
-    return isinstance(text, str) and bool(text.strip()) and _encodable(text)
-
-
 def _encodable(text: str) -> bool:
     try:
         text.encode()
@@ -273,9 +267,12 @@ def _encodable(text: str) -> bool:
 
 
 def _unusable(text: object) -> str:
+    """Why a text cannot be scored; empty if it can."""
     if not isinstance(text, str):
         return f"a string is needed, not {type(text).__name__}"
-    return "the text is empty" if _encodable(text) else "the text has half of a surrogate pair, which is no character"
+    if not text.strip():
+        return "the text is empty"
+    return "" if _encodable(text) else "the text has half of a surrogate pair, which is no character"
 
 
 def _joined(query: str | Sequence[int], item: str | Sequence[int], item_first: bool) -> str | Sequence[int]:

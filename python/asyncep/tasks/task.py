@@ -76,10 +76,17 @@ class TaskOptions:
         Raises:
             TemplateError: a place is missing or repeated.
         """
+        known = self.descriptions
         if self.multi_label:
-            known = self.descriptions
-            return tuple(Template.question(self.prompt, label, known.get(label, "")) for label in self.labels)
-        return (Template.parse(self.prompt, self.labels, self.examples, self.descriptions),)
+            # Of the default questions, that with a description is for the labels that have one.
+            texts = [self.template or default_template(described=label in known, multi=True) for label in self.labels]
+            return tuple(
+                Template.question(text, label, self.labels, known)
+                for text, label in zip(texts, self.labels, strict=True)
+            )
+        # An example ends as the model is to end: with what is scored.
+        shots = [(text, self.words.get(label, (label,))[0]) for text, label in self.examples]
+        return (Template.parse(self.prompt, self.labels, shots, known),)
 
     def written(self) -> list[tuple[str, ...]]:
         """What the model may write, for each outcome that is scored: the words of each label, or yes and no."""
@@ -104,6 +111,7 @@ class TaskOptions:
             raise OptionError(f"labels: at least {words} needed, each once, not {_shown(self.labels)}")
         if blank := [label for label in self.labels if not label.strip()]:
             raise OptionError(f"labels: {blank[0]!r} has no letters")
+        self._check_texts()
         self._check_by_label()
         self._check_together()
         if self.descriptions:
@@ -114,6 +122,21 @@ class TaskOptions:
         for text, label in self.examples:
             if label not in self.labels:
                 raise OptionError(f"examples: {text[:40]!r} has the label {label!r}, which is not among the labels")
+
+    def _check_texts(self) -> None:
+        written = {
+            "labels": self.labels,
+            "template": [self.template or ""],
+            "system": [self.system or ""],
+            "other": [self.other],
+            "calibrate": self.calibrate,
+            "descriptions": [*self.descriptions, *self.descriptions.values()],
+            "words": [word for words in self.words.values() for word in words],
+            "examples": [part for example in self.examples for part in example],
+        }
+        for name, texts in written.items():
+            if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+                raise OptionError(f"{name}: half of a surrogate pair, which is no character; is its encoding right?")
 
     def _check_by_label(self) -> None:
         thresholds = self.threshold if isinstance(self.threshold, Mapping) else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,6 +53,7 @@ class Template:
         labels: Sequence[str],
         examples: Sequence[tuple[str, str]] | None = None,
         descriptions: Mapping[str, str] | None = None,
+        more: Mapping[str, str] | None = None,
     ) -> Template:
         """Reads a template with one ``{text}``.
 
@@ -62,6 +64,7 @@ class Template:
         Args:
             examples: (text, label) pairs shown before the row, rendered like it (few-shot).
             descriptions: of labels, by label.
+            more: further places, and what stands for them.
 
         Raises:
             TemplateError: no ``{text}``, or several.
@@ -70,10 +73,9 @@ class Template:
             raise TemplateError(
                 f"template: {TEXT_PLACE} is needed exactly once; it stands there {text.count(TEXT_PLACE)} times"
             )
-        filled = text.replace(LABELS_PLACE, ", ".join(labels))
-        if DESCRIPTIONS_PLACE in filled:
-            filled = filled.replace(DESCRIPTIONS_PLACE, _lines(labels, descriptions or {}))
-        before, after = filled.split(TEXT_PLACE)
+        shown = {LABELS_PLACE: ", ".join(labels), DESCRIPTIONS_PLACE: _lines(labels, descriptions or {})}
+        places = {**shown, **(more or {})}
+        before, after = (_filled(part, places) for part in text.split(TEXT_PLACE))
         end = cls.around(before, after)
         if examples:
             # The instruction is said once; each example and the row repeat only what surrounds a text.
@@ -83,8 +85,10 @@ class Template:
         return end
 
     @classmethod
-    def question(cls, text: str, label: str, description: str = "") -> Template:
-        """The prompt that asks whether one label applies: ``{label}`` and ``{description}`` stand for it.
+    def question(
+        cls, text: str, label: str, labels: Sequence[str], descriptions: Mapping[str, str] | None = None
+    ) -> Template:
+        """The prompt that asks whether one of the labels applies: ``{label}`` and ``{description}`` stand for it.
 
         Raises:
             TemplateError: no ``{text}``, or several, or no ``{label}``.
@@ -93,8 +97,9 @@ class Template:
             raise TemplateError(
                 f"template: {LABEL_PLACE} is needed with several labels a text: each label is a question of its own"
             )
-        asked = text.replace(LABEL_PLACE, label).replace(DESCRIPTION_PLACE, description)
-        return cls.parse(asked, (label,))
+        known = descriptions or {}
+        more = {LABEL_PLACE: label, DESCRIPTION_PLACE: known.get(label, "")}
+        return cls.parse(text, labels, descriptions=known, more=more)
 
     @classmethod
     def around(cls, before: str, after: str) -> Template:
@@ -162,6 +167,11 @@ def read_text(path: Path) -> str:
         raise TemplateError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise TemplateError(f"{path}: not UTF-8 ({error}); save the file as UTF-8") from error
+
+
+def _filled(text: str, places: Mapping[str, str]) -> str:
+    """The text with its places filled, each once: what stands for one may look like another."""
+    return re.sub("|".join(map(re.escape, places)), lambda found: places[found[0]], text)
 
 
 def _lines(labels: Sequence[str], descriptions: Mapping[str, str]) -> str:

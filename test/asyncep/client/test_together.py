@@ -125,6 +125,23 @@ def test_a_plan_that_nobody_waits_for_is_given_up() -> None:
     asyncio.run(run())
 
 
+def test_closing_ends_all_who_wait() -> None:
+    async def run() -> list[object]:
+        scorer = Scorer(Gate(), toy_facts(threshold=4))
+        await scorer.__aenter__()
+        tasks = [asyncio.create_task(scorer.score([[9, i]], LABELS)) for i in range(20)]
+        await asyncio.sleep(0.05)
+        tasks.append(asyncio.create_task(scorer.score([[9, 30]], LABELS)))
+        await asyncio.sleep(0)
+        await scorer.__aexit__(None, None, None)
+        found = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
+        with pytest.raises(ServerError, match="the client is closed"):
+            await scorer.score([[1]], LABELS)
+        return found
+
+    assert all(isinstance(found, asyncio.CancelledError) for found in asyncio.run(run()))
+
+
 def test_a_failure_is_everybodys() -> None:
     class Broken(ToyServer):
         async def answer(self, probes: Sequence[Probe], rank: int | None = None) -> list[Reading]:

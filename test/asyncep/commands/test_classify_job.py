@@ -96,6 +96,18 @@ def test_a_broken_pipe_of_rows_is_refused_before_anything_is_computed(url: str, 
     assert left(tmp_path) == []
 
 
+def test_a_file_as_standard_input_is_not_written_over(url: str, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(lines(3))
+    for more in ([str(source)], [str(tmp_path / "out.jsonl"), "--report", str(source)]):
+        with source.open("rb") as rows:
+            done = run("-", *more, "--labels", "a,b", "--url", url, "--overwrite", stdin=rows)
+        assert done.returncode == 2
+        assert b"is the file that is read as IN" in done.stderr
+    assert source.read_bytes() == lines(3)
+    assert left(tmp_path) == ["in.jsonl"]
+
+
 def test_whoever_reads_the_rows_may_have_enough(url: str) -> None:
     process = subprocess.Popen(
         command("-", "-", "--labels", "a,b", "--url", url), stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -203,6 +215,10 @@ def test_the_model_is_looked_at_before_anything_is_started(tmp_path: Path) -> No
     [
         (["--labels", "a,b", "--labels-file", "l.txt"], "give either --labels A,B,… or --labels-file FILE"),
         ([], "give either --labels"),
+        (["--labels", "a,b", "--other", "c"], "--other: only with --other-below"),
+        (["--labels", "a,b", "--report", "r.html", "--no-report"], "give either --report FILE or --no-report"),
+        (["--labels", "a,b", "--dp-size", "2"], "--dp-size: only with --model-path"),
+        (["--labels", "a,b", "--peak-tflops", "-1"], "--peak-tflops -1.0: a number above 0"),
         (["--labels", "a,b", "--threshold", "0.5"], "--threshold: only with --multi-label"),
         (["--labels", "a,b", "--other-below", "2"], "--other-below: a number from 0 to 1"),
         (["--labels", "a,b", "--max-errors", "many"], "--max-errors 'many': a number of rows, or a share"),

@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import io
 import json
+import os
 import random
 from datetime import date
 from decimal import Decimal
@@ -73,8 +74,8 @@ def rows(path: Path, *, keep: tuple[str, ...] = (), **options: Any) -> list[Row]
     return found
 
 
-def job(source: Path, output: Path, keep: tuple[str, ...] = ("id",), **options: Any) -> None:
-    spec = JobSpec(RowSource(source, keep=keep), output, TaskOptions(["a", "b"], "{text}", **options))
+def job(source: Path, output: Path, keep: tuple[str, ...] = ("id",), part_rows: int = 4096) -> None:
+    spec = JobSpec(RowSource(source, keep=keep), output, TaskOptions(["a", "b"], "{text}"), part_rows=part_rows)
 
     async def run() -> None:
         async with session_with(ToyServer(), ByteTokens(), toy_facts()) as session:
@@ -146,6 +147,9 @@ def test_encodings(tmp_path: Path, kind: str, encoding: str) -> None:
     marked = encoding in ("utf-8-sig", "utf-16", "utf-32")
     assert [row.text for row in rows(path, encoding=None if marked else encoding)] == texts
     assert [row.text for row in rows(path, encoding=encoding)] == texts
+    if encoding == "utf-16-le":
+        path.write_bytes(b"\xff\xfe" + path.read_bytes())
+        assert [row.text for row in rows(path, encoding=encoding)] == texts
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
@@ -289,10 +293,12 @@ def test_kept_columns_keep_their_types(tmp_path: Path, kind_in: str, kind_out: s
         with pyarrow.ipc.new_file(source, TYPED.schema) as writer:
             writer.write_table(TYPED)
     keep = tuple(name for name in TYPED.column_names if name != "text")
-    job(source, output, keep)
+    job(source, output, keep, part_rows=2)
     found = pyarrow.parquet.read_table(output) if kind_out == "parquet" else pyarrow.ipc.open_file(output).read_all()
     for name in keep:
-        assert found.schema.field(name).type == TYPED.schema.field(name).type, name
+        # Each part of the output would have other categories.
+        expected = pyarrow.string() if name == "kind" else TYPED.schema.field(name).type
+        assert found.schema.field(name).type == expected, name
         assert found[name].to_pylist() == TYPED[name].to_pylist(), name
 
 
@@ -325,3 +331,84 @@ def test_columns_of_json_have_the_narrowest_type_that_holds_them(
         assert found.to_pylist() == [
             None if value is None else value if isinstance(value, str) else json.dumps(value) for value in values
         ]
+
+
+def test_a_column_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
+    union = pyarrow.UnionArray.from_dense(
+        pyarrow.array([0, 1], pyarrow.int8()), pyarrow.array([0, 0], pyarrow.int32()),
+        [pyarrow.array([1]), pyarrow.array(["x"])],
+    )  # fmt: skip
+    table = pyarrow.table({"text": ["x", "y"], "odd": union})
+    with pyarrow.ipc.new_file(tmp_path / "in.arrow", table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(InputError, match="--keep odd: a column of type dense_union"):
+        job(tmp_path / "in.arrow", tmp_path / "out.parquet", ("odd",))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_odd_values_are_their_rows_and_nobody_elses(tmp_path: Path, kind: str) -> None:
+    deep = "[" * 600 + "]" * 600
+    lines = ['{"text": "a", "v": 1e-99999999999999999999}', f'{{"text": "b", "v": {deep}}}', '{"text": "c", "v": 1}']
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    output = tmp_path / f"out.{kind}"
+    job(tmp_path / "in.jsonl", output, ("v",))
+    found = read(output, FileFormat.of(output))
+    assert [bool(record.get("label")) for record in found] == [True, False, True]
+    assert "'v': nested too deep to be written" in found[1]["error"] or "not JSON" in found[1]["error"]
+    times = pyarrow.table({"text": ["x", "y"], "when": pyarrow.array([1 << 50, 0], pyarrow.timestamp("s"))})
+    pyarrow.parquet.write_table(times, tmp_path / "in.parquet")
+    again = tmp_path / f"times.{kind}"
+    job(tmp_path / "in.parquet", again, ("when",))
+    assert [bool(record.get("label")) for record in read(again, FileFormat.of(again))] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"limit": -1}, "--limit -1: a number of rows"),
+        ({"limit": "3"}, "--limit '3'"),
+        ({"limit": 2.5}, "--limit 2.5"),
+        ({"shard": (2, 2)}, r"--shard \(2, 2\)"),
+        ({"shard": (-1, 2)}, "--shard"),
+        ({"shard": (0, 0)}, "--shard"),
+    ],
+)
+def test_parts_that_there_are_not(tmp_path: Path, fields: dict[str, Any], words: str) -> None:
+    (tmp_path / "in.jsonl").write_bytes(content("jsonl"))
+    with pytest.raises(InputError, match=words):
+        RowSource(tmp_path / "in.jsonl", **fields).check()
+
+
+def test_a_table_without_names_is_divided_by_what_alone_divides_it(tmp_path: Path) -> None:
+    path = tmp_path / "in.csv"
+    nameless = ReadOptions(header=False)
+    path.write_text("Hello you;sport\n")
+    assert next(RowSource(path, "1", "2", options=nameless).rows()) == Row(0, "Hello you", "sport")
+    path.write_text("Hello, you;sport\n")
+    with pytest.raises(InputError, match="its first row can be divided by ',' and ';'; say by which: --delimiter"):
+        RowSource(path, "1", options=nameless).check()
+    path.write_text("one column\nof texts\n")
+    assert [row.text for row in RowSource(path, "1", options=nameless).rows()] == ["one column", "of texts"]
+
+
+def test_files_that_only_look_like_rows(tmp_path: Path) -> None:
+    path = tmp_path / "in.json"
+    path.write_text(json.dumps({"data": [{"text": "x"}]}, indent=1))
+    with pytest.raises(InputError, match="an array of objects, or an object a line, is needed"):
+        RowSource(path).check()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(InputError, match="is a pipe, which can be read once; give -"):
+        RowSource(tmp_path / "pipe.jsonl").check()
+
+
+def test_bytes_are_written_in_base64(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x"], "raw": [b"\xff\x00"]}), tmp_path / "in.parquet")
+    for kind in ("jsonl", "csv"):
+        job(tmp_path / "in.parquet", tmp_path / f"out.{kind}", ("raw",))
+        assert read(tmp_path / f"out.{kind}", FileFormat(kind))[0]["raw"] == "/wA="  # type: ignore[arg-type]
+
+
+def test_a_field_is_kept_once(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(content("jsonl"))
+    with pytest.raises(InputError, match="--keep: 'id' is named twice"):
+        job(tmp_path / "in.jsonl", tmp_path / "out.csv", ("id", "id"))

@@ -19,7 +19,7 @@ from toy_model import ByteTokens, ToyServer, toy_facts
 from asyncep.files.rows import InputError, RowSource
 from asyncep.jobs.journal import JobError, digest_of, open_journal
 from asyncep.jobs.peak import measure_peak
-from asyncep.jobs.report import figures_of, text_report, write_html
+from asyncep.jobs.report import figures_of, text_report
 from asyncep.jobs.run import run_job
 from asyncep.jobs.spec import JobResult, JobSpec, Progress
 from asyncep.tasks.session import session_with
@@ -208,9 +208,8 @@ def test_progress_and_report(tmp_path: Path) -> None:
         seen.append(progress.rows)
 
     result = do(
-        JobSpec(source, tmp_path / "out.jsonl", OPTIONS, part_rows=64),
+        JobSpec(source, tmp_path / "out.jsonl", OPTIONS, part_rows=64, report=page),
         on_progress=tell,
-        on_done=lambda done: write_html(page, done),
     )
     assert seen[0] == 0
     assert seen[-1] == 200
@@ -229,6 +228,24 @@ def test_progress_and_report(tmp_path: Path) -> None:
     for words in ("Confusion", "Calibration", "data:image/svg+xml", "&#39;text&#39; is empty", "prefix cache"):
         assert words in text
     assert "accuracy 0." in text_report(result)[0]
+
+
+def test_labels_with_dollars_are_drawn_as_they_are(tmp_path: Path) -> None:
+    labels = ["$\\fo$", "$5-$10"]
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"text": f"t{i}", "gold": labels[i % 2]}) + "\n" for i in range(8)))
+    page = tmp_path / "page.html"
+    for multi in (False, True):
+        options = TaskOptions(labels, "{text} {label}?" if multi else "{text}:", multi_label=multi)
+        do(JobSpec(RowSource(path, gold_field="gold"), tmp_path / "o.jsonl", options, report=page, overwrite=True))
+    assert "Precision and recall" in page.read_text()
+
+
+def test_a_job_that_cuts_goes_on_only_where_it_would_cut_the_same(tmp_path: Path) -> None:
+    spec = JobSpec(RowSource(write(table(3), tmp_path / "in.jsonl")), tmp_path / "o.jsonl", OPTIONS)
+    assert spec.settings("m", 5) == spec.settings("m", 6)
+    cutting = replace(spec, options=replace(OPTIONS, truncate="tail"))
+    assert cutting.settings("m", 5) != cutting.settings("m", 6)
 
 
 def test_peak_of_this_host_is_measured() -> None:

@@ -64,18 +64,27 @@ def _made(path: Path, make: Callable[[Path], object]) -> Path:
 
 
 @pytest.mark.parametrize("link", LINKS)
-@pytest.mark.parametrize("reads", ["IN", "--calibration", "--examples", "--template"])
+@pytest.mark.parametrize("reads", ["IN", "--calibration", "--examples", "--template", "--labels-file"])
 @pytest.mark.parametrize("writes", ["OUT", "--report"])
 def test_what_is_read_is_never_written_over(tmp_path: Path, link: str, reads: str, writes: str) -> None:
     (tmp_path / "elsewhere").mkdir()
-    for name in ("in", "neutral", "shots", "template"):
-        (tmp_path / f"{name}.jsonl").write_text(ROWS if name != "template" else "Q: {text} A:")
+    texts = {"template": "Q: {text} A:", "labels": "yes\nno\n"}
+    for name in ("in", "neutral", "shots", "template", "labels"):
+        (tmp_path / f"{name}.jsonl").write_text(texts.get(name, ROWS))
     names = {"IN": "in", "--calibration": "neutral", "--examples": "shots", "--template": "template"}
+    names["--labels-file"] = "labels"
     path = LINKS[link](tmp_path / f"{names[reads]}.jsonl", tmp_path)
     before = contents(tmp_path)
     output, report = (path, "r.html") if writes == "OUT" else (tmp_path / "out.jsonl", str(path))
-    command = ["classify", str(tmp_path / "in.jsonl"), str(output), "--labels", "yes,no", "--url", "http://127.0.0.1:9"]
-    command += ["--calibration", str(tmp_path / "neutral.jsonl"), "--examples", str(tmp_path / "shots.jsonl")]
+    command = ["classify", str(tmp_path / "in.jsonl"), str(output), "--url", "http://127.0.0.1:9"]
+    command += [
+        "--labels-file",
+        str(tmp_path / "labels.jsonl"),
+        "--calibration",
+        str(tmp_path / "neutral.jsonl"),
+        "--examples",
+        str(tmp_path / "shots.jsonl"),
+    ]
     command += ["--template", f"@{tmp_path / 'template.jsonl'}", "--report", str(tmp_path / report), "--overwrite"]
     assert main(command) == 2
     assert contents(tmp_path) == before

@@ -274,6 +274,12 @@ def test_how_to_start_it_and_what_is_missing(capsys: pytest.CaptureFixture[str])
     assert start["needs"] == []
 
 
+def test_no_device_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    start = planned(capsys, "--model", "qwen3-30b-a3b", "--gpus", "12xh200", "--host-memory", "0")["start"]
+    size = int(start["command"].split("--dp-size ")[1].split()[0]) if "--dp-size" in start["command"] else 0
+    assert size * start["servers"] == 12
+
+
 def test_a_million_rows(capsys: pytest.CaptureFixture[str]) -> None:
     plan = planned(capsys, *QWEN, "--price", "2.5")
     million, rate = plan["million_rows"], plan["choice"]["requests_per_second"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from toy_model import ByteTokens, ToyServer, log_likelihood, toy_facts
 
 from asyncep.client.errors import OptionError
+from asyncep.client.tokens import Untokenized
 from asyncep.tasks.arguments import task_options
 from asyncep.tasks.gold import as_label, label_text, several
 from asyncep.tasks.label_files import Labels, labels_in, read_labels
@@ -314,3 +316,68 @@ def test_several_true_labels(labels: list[str]) -> None:
     assert several("a; b;;") == ["a", "b"]
     assert several("[not json") == ["[not json"]
     assert json.loads(text) == labels
+
+
+def test_examples_end_as_the_model_is_to_end() -> None:
+    options = TaskOptions(["pos", "neg"], "{text}\nIs:", (("fine", "pos"),), words={"pos": ["good", "great"]})
+    assert "fine\nIs: good\n\n" in options.templates()[0].before
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_what_stands_for_a_place_may_look_like_another(multi: bool) -> None:
+    labels = ["{text}", "{labels}", "{description}"]
+    described = {"{text}": "it has {text} in it, and {label}", "{labels}": "", "{description}": "x"}
+    options = TaskOptions(labels, descriptions=described, multi_label=multi)
+    options.check()
+    for template in options.templates():
+        assert template.render("THE TEXT").count("THE TEXT") == 1
+    if multi:
+        assert '"{text}" (it has {text} in it, and {label}) apply' in options.templates()[0].after
+
+
+def test_labels_without_a_description_are_asked_about_plainly() -> None:
+    first, second = TaskOptions(["a", "b"], descriptions={"a": "x"}, multi_label=True).templates()
+    assert '"a" (x) apply' in first.after
+    assert '"b" apply' in second.after
+
+
+HALF = "\ud800"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("labels", [HALF, "b"]),
+        ("template", HALF + "{text}"),
+        ("calibrate", HALF),
+        ("examples", [(HALF, "a")]),
+        ("descriptions", {"a": HALF}),
+        ("words", {"a": [HALF]}),
+        ("other", HALF),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_by_name(name: str, value: Any) -> None:
+    labels, options = (value, {}) if name == "labels" else (["a", "b"], {name: value})
+    with pytest.raises(OptionError, match=f"{name}: half of a surrogate pair"):
+        task_options(labels, options)
+    with pytest.raises(OptionError, match="system: half of a surrogate pair"):
+        task_options(["a", "b"], {"chat": True, "system": HALF})
+
+
+class Strict(ByteTokens):
+    """Refuses to divide long texts, as servers do."""
+
+    async def encode(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        found = await super().encode(texts, special=special)
+        return [Untokenized("too long") if len(ids) > 300 else ids for ids in found]
+
+
+def test_texts_that_the_server_does_not_divide_are_cut_too() -> None:
+    async def run() -> Classification:
+        async with session_with(ToyServer(), Strict(), toy_facts(most_tokens=100)) as session:
+            [found] = await session.classify_as(["x" * 5000], TaskOptions(["a", "b"], "{text}:", truncate="head"))
+            return found
+
+    found = asyncio.run(run())
+    assert found.label is not None
+    assert found.cut_characters > 4900
