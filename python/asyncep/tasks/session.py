@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import operator
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TypedDict
+from typing import SupportsIndex, TypedDict
 
 import orjson
 from typing_extensions import Unpack
@@ -34,6 +35,8 @@ RERANK_TEMPLATE = "Query: {query}\n\nDocument: {document}\n\nIs the document rel
 _TASKS_KEPT = 32
 # So much of the prompt's end is enough to see how a label is divided into tokens after it.
 _END_CHARACTERS = 64
+# What servers call the tokens that are asked about, when they refuse them.
+_OF_TOKENS = "token_ids_logprob"
 
 
 class RerankOptions(TypedDict, total=False):
@@ -181,7 +184,7 @@ class Session:
     async def logprobs(self, prompts: Sequence[str | Sequence[int]], token_ids: Sequence[int]) -> list[TokenLogProbs]:
         """See `Runtime.logprobs`."""
         prompts = listed("prompts", prompts)
-        found = await self.scorer.score(await self._ids(prompts), _one_token_each(token_ids, "token_ids"))
+        found = await self._score_tokens(prompts, token_ids, "token_ids")
         return [TokenLogProbs((), s) if isinstance(s, str) else TokenLogProbs(s.scores) for s in found]
 
     async def score(
@@ -195,8 +198,7 @@ class Session:
     ) -> list[Score]:
         """See `Runtime.score`."""
         prompts = [_joined(query, item, item_first) for item in listed("items", items)]
-        prompts = listed("prompts", prompts)
-        found = await self.scorer.score(await self._ids(prompts), _one_token_each(label_token_ids, "label_token_ids"))
+        found = await self._score_tokens(prompts, label_token_ids, "label_token_ids")
         return [_score(scores, apply_softmax) for scores in found]
 
     async def rerank(self, query: str, documents: Sequence[str], **options: Unpack[RerankOptions]) -> list[Ranked]:
@@ -228,6 +230,19 @@ class Session:
         ]
         ranked.sort(key=lambda entry: (entry.score is None, -(entry.score or 0.0), entry.index))
         return ranked[:top_n]
+
+    async def _score_tokens(
+        self, prompts: Sequence[str | Sequence[int]], token_ids: Sequence[int], argument: str
+    ) -> list[LabelScores | str]:
+        """Log-probabilities of tokens after prompts; a token that there is not is no prompt's error."""
+        tokens = _one_token_each(token_ids, argument)
+        with self.scorer.coming() if is_small(len(prompts)) else contextlib.nullcontext():
+            ids = await self._ids(prompts)
+        found = await self.scorer.score(ids, tokens)
+        reasons = [reason for reason in found if isinstance(reason, str)]
+        if reasons and len(reasons) == len(found) and all(_OF_TOKENS in reason for reason in reasons):
+            raise OptionError(f"{argument}: {reasons[0]}")
+        return found
 
     async def _ids(self, prompts: Sequence[str | Sequence[int]]) -> list[Sequence[int]]:
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
@@ -284,8 +299,11 @@ def _joined(query: str | Sequence[int], item: str | Sequence[int], item_first: b
 
 
 def _one_token_each(token_ids: Sequence[int], argument: str) -> LabelSet:
+    for token in listed(argument, token_ids):
+        if isinstance(token, bool) or not isinstance(token, SupportsIndex) or operator.index(token) < 0:
+            raise OptionError(f"{argument}: {token!r} is no token id; whole numbers from 0 on are needed")
     try:
-        return LabelSet([[token] for token in token_ids])
+        return LabelSet([[operator.index(token)] for token in token_ids])
     except OptionError:
         raise OptionError(f"{argument}: at least one is needed, and each once, not {list(token_ids)}") from None
 

@@ -135,6 +135,13 @@ def test_score_logprobs_and_rerank(runtime: Runtime, oracle: Oracle) -> None:
         assert entry.score == pytest.approx(1 / (1 + math.exp(-odds[entry.index])), abs=TOLERANCE)
 
 
+def test_tokens_that_there_are_not_are_the_calls_error(runtime: Runtime) -> None:
+    with pytest.raises(OptionError, match=r"label_token_ids: .*token_ids_logprob"):
+        runtime.score("a", ["b", "c"], [5, 10**6])
+    with pytest.raises(OptionError, match=r"token_ids: .*token_ids_logprob"):
+        runtime.logprobs(["a"], [10**6])
+
+
 def test_chat_prompts(runtime: Runtime, oracle: Oracle) -> None:
     options: dict[str, Any] = {"template": "About {text}?", "chat": True, "system": "Be brief."}
     [found] = runtime.classify(["cats"], ["b", "c"], **options)

@@ -7,6 +7,7 @@ import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
+import numpy
 import pandas
 import pytest
 from hypothesis import given
@@ -111,6 +112,10 @@ def test_score_and_logprobs() -> None:
     assert (refused.error, refused.log_probabilities) == ("refused", ())
     with pytest.raises(OptionError, match="label_token_ids: at least one is needed, and each once"):
         ask(lambda session: session.score(query, items, [1, 1]))
+    for wrong in (-1, 1.5, "5", True, None):
+        with pytest.raises(OptionError, match=f"token_ids: {wrong!r} is no token id"):
+            ask(lambda session, wrong=wrong: session.logprobs(["text"], [5, wrong]))  # type: ignore[misc]
+    assert ask(lambda session: session.logprobs(["text"], numpy.array(tokens)))[0] == logs
     with pytest.raises(OptionError, match="query, items: give both"):
         ask(lambda session: session.score(query, [[1, 2]], [1]))
 
