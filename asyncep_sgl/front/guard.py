@@ -21,6 +21,7 @@ from asyncep_sgl.front.connections import limit_connections
 from asyncep_sgl.front.endpoints import DECODING, INFERENCE, QUESTIONS, shown_in_schema
 from asyncep_sgl.front.invalid import answer_invalid
 from asyncep_sgl.front.mistakes import MistakesGate
+from asyncep_sgl.front.model_cards import ModelCardsGate
 from asyncep_sgl.front.passage import caller
 from asyncep_sgl.front.secrets import SecretsGate
 from asyncep_sgl.front.shapes import ShapeGate
@@ -44,14 +45,22 @@ _ONE_PROMPT = frozenset(
 )
 
 
-def guard(app: FastAPI, options: FrontSettings, policy: Policy, *, context: int) -> None:
+def guard(
+    app: FastAPI,
+    options: FrontSettings,
+    policy: Policy,
+    *,
+    context: int,
+    most_tokens: Callable[[], int | None] = lambda: None,
+) -> None:
     """Adds the gates to an application, after all other middleware: they stand outermost.
 
     Args:
         app: SGLang's.
         options: the bounds.
         policy: who may do what.
-        context: tokens of the longest prompt.
+        context: the model's context length.
+        most_tokens: tokens of the longest prompt that ranks take; None until they have said it.
 
     Raises:
         SeamError: the application has no CORS middleware, so that its way to allow origins is not known.
@@ -62,6 +71,7 @@ def guard(app: FastAPI, options: FrontSettings, policy: Policy, *, context: int)
     app.user_middleware[:] = kept
     one_prompt = min(options.max_body_bytes, _JSON_BYTES * options.prompt_chars(context) + _AROUND)
     app.add_middleware(SecretsGate)
+    app.add_middleware(ModelCardsGate, most=most_tokens)
     app.add_middleware(MistakesGate, paths=frozenset((*INFERENCE, *DECODING)), questions=frozenset(QUESTIONS))
     app.add_middleware(ShapeGate, paths=frozenset((*INFERENCE, *DECODING)), most_values=options.max_logprobs)
     app.add_middleware(

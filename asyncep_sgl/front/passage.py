@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 from asyncep_router.keys import NOBODY, Caller
 
@@ -23,6 +24,12 @@ class Passage:
 
 passage: ContextVar[Passage | None] = ContextVar("asyncep_passage", default=None)
 """The HTTP request being served; None outside one."""
+
+endpoint: ContextVar[str] = ContextVar("asyncep_endpoint", default="")
+"""The path of the HTTP request being served; empty outside one."""
+
+asked: ContextVar[tuple[Any, int]] = ContextVar("asyncep_asked", default=(None, 0))
+"""What SGLang makes requests of just now, a list perhaps, and the number of its first prompt in the client's list."""
 
 caller: ContextVar[Caller] = ContextVar("asyncep_caller", default=NOBODY)
 """Who sent the request being served. A batch's requests are served in its owner's name."""

@@ -13,9 +13,10 @@ from asyncep_sgl.config.run import active_config
 from asyncep_sgl.experts.store.client import say_hello
 from asyncep_sgl.front import lists, questions
 from asyncep_sgl.front.admission import admit, check_texts, count_answer
-from asyncep_sgl.front.passage import caller, in_batch, passage
+from asyncep_sgl.front.passage import asked, caller, endpoint, in_batch, passage
 from asyncep_sgl.front.tokenizing import answer, tokenize
-from asyncep_sgl.front.validation import check_prefill_only, check_priority, check_prompt
+from asyncep_sgl.front.validation import accepted_tokens, check_prefill_only, check_priority, check_prompt
+from asyncep_sgl.front.wording import names_at, placed
 from asyncep_sgl.process import listening
 from asyncep_sgl.process.seam import Seam
 from asyncep_sgl.router.marks import put_on
@@ -49,10 +50,20 @@ def _around_generate(
 ) -> Any:
     """A long list is served in parts, so that others are heard in between."""
     _before_generate(manager, obj, request)
+    url = getattr(request, "url", None)
+    endpoint.set(url.path if url is not None else "")
+    asked.set((obj, 0))
     some = lists.parts(obj)
     if some is None:
         return original(manager, obj, request)
-    return lists.served(some, lambda part: original(manager, part, request))
+    first = {id(part): number * lists.PART_PROMPTS for number, part in enumerate(some)}
+
+    def serve(part: Any) -> AsyncGenerator[Any, None]:
+        # Each part is served by a task of its own.
+        asked.set((part, first[id(part)]))
+        return original(manager, part, request)
+
+    return lists.served(some, serve)
 
 
 def _router_has_priorities(server_args: Any) -> bool:
@@ -62,12 +73,17 @@ def _router_has_priorities(server_args: Any) -> bool:
 
 def _before_validate(manager: Any, obj: Any, input_ids: list[int] | None) -> None:
     """Bad input is answered here, before it can reach a rank."""
-    config = active_config()
-    check_prompt(input_ids, manager.model_config.vocab_size)
-    count_answer(obj, len(input_ids or ()), config)
+    config, names = active_config(), names_at(endpoint.get())
+    most = accepted_tokens(manager.max_req_input_len)
     sampling = getattr(obj, "sampling_params", None)
-    if config.settings.decode == "refuse" and hasattr(obj, "return_logprob"):
-        check_prefill_only(sampling or {})
+    try:
+        check_prompt(input_ids, manager.model_config.vocab_size, most, names)
+        count_answer(obj, len(input_ids or ()), config)
+        if config.settings.decode == "refuse" and hasattr(obj, "return_logprob"):
+            check_prefill_only(sampling or {}, names.tokens)
+    except ValueError as error:
+        whole, first = asked.get()
+        raise ValueError(placed(str(error), obj.rid, getattr(whole, "rid", None), first)) from None
 
 
 _WEIGHTS_ARE_SHARED = "the experts are shared by all ranks and read-only; restart asyncep serve to change weights"
@@ -116,6 +132,9 @@ def _before_abort_reason(_manager: Any, out: Any, *_: Any) -> None:
 
 
 def _before_handle_request(serving: Any, request: Any, _raw: Any) -> None:
+    if getattr(request, "echo", False) is True and getattr(request, "logprobs", None) == 0:
+        # SGLang takes no alternatives for no log-probabilities at all.
+        request.logprobs = 1
     check_texts(serving, request, active_config())
 
 

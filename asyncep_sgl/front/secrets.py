@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from asyncep_sgl.front.edited import answer_edited
 from asyncep_sgl.front.passage import caller
 
 _PATHS = ("/server_info", "/get_server_info")
@@ -58,23 +58,5 @@ class SecretsGate:
         if scope["type"] != "http" or scope["path"].rstrip("/") not in _PATHS:
             await self.app(scope, receive, send)
             return
-        start: Message | None = None
-        body = b""
-
-        async def keep(message: Message) -> None:
-            nonlocal start, body
-            if message["type"] == "http.response.start":
-                start = message
-            elif message["type"] == "http.response.body":
-                body += message.get("body", b"")
-
-        await self.app(scope, receive, keep)
-        if start is None:
-            return
-        try:
-            shown = orjson.dumps(redacted(orjson.loads(body), paths=caller.get().admin))
-        except orjson.JSONDecodeError:
-            shown = body
-        headers = [(key, value) for key, value in start["headers"] if key.lower() != b"content-length"]
-        await send({**start, "headers": [*headers, (b"content-length", str(len(shown)).encode())]})
-        await send({"type": "http.response.body", "body": shown})
+        admin = caller.get().admin
+        await answer_edited(self.app, scope, receive, send, lambda value: redacted(value, paths=admin))

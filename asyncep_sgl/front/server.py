@@ -29,6 +29,7 @@ from asyncep_sgl.front.batches.bounds import Bounds
 from asyncep_sgl.front.drain import Drain
 from asyncep_sgl.front.guard import abort_route, guard
 from asyncep_sgl.front.rank_health import RankHealth
+from asyncep_sgl.front.validation import accepted_tokens
 from asyncep_sgl.process.key_memory import read_keys
 from asyncep_sgl.process.lifeline import die_with
 from asyncep_sgl.process.listening import Door, inherited
@@ -111,6 +112,7 @@ def _serve(arguments: list[str], config: AsyncEPConfig, door: Door) -> None:
     server_args = sglang_flags.read(arguments, prepare_server_args)
     server_args.resolve_once()
     sglang_flags.refuse_other_doors(server_args)
+    sglang_flags.refuse_truncation(server_args)
     host = "127.0.0.1" if server_args.host in ("0.0.0.0", "::", "") else server_args.host
 
     def store_status() -> Status:
@@ -159,7 +161,11 @@ def _serve(arguments: list[str], config: AsyncEPConfig, door: Door) -> None:
     app.add_middleware(BatchLife, api=batches)
     model = read_config(server_args.model_path, server_args.revision)
     context = server_args.context_length or model["max_position_embeddings"]
-    guard(app, config.front, policy, context=context)
+
+    def most_tokens() -> int | None:
+        return accepted_tokens(get_global_state().tokenizer_manager.max_req_input_len)
+
+    guard(app, config.front, policy, context=context, most_tokens=most_tokens)
     app.routes.insert(
         0,
         abort_route(
@@ -172,7 +178,8 @@ def _serve(arguments: list[str], config: AsyncEPConfig, door: Door) -> None:
     app.add_api_route(
         "/asyncep/status", lambda: _or_503(status), methods=["GET"], name="status", description=status.__doc__
     )
-    url = f"http://{host}:{server_args.port}"
+    scheme = "https" if server_args.ssl_certfile else "http"
+    url = f"{scheme}://{host}:{server_args.port}"
 
     def serving() -> None:
         door.wait()

@@ -47,6 +47,19 @@ def refuse_other_doors(server_args: Any) -> None:
             raise SystemExit(f"asyncep serve: {flag}: requests come in through one HTTP/1.1 server; leave the flag out")
 
 
+def refuse_truncation(server_args: Any) -> None:
+    """Refuses to cut prompts in silence: their end is where the answer is read.
+
+    Raises:
+        SystemExit: it is asked for.
+    """
+    if server_args.allow_auto_truncate:
+        raise SystemExit(
+            "asyncep serve: --allow-auto-truncate: it cuts off a prompt's end, where the answer is read; leave it out, "
+            "and let the client cut the text (asyncep classify --truncate)"
+        )
+
+
 def refused_flag(reason: str, known: set[str]) -> str:
     """What to print when SGLang does not take a flag.
 

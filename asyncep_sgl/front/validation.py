@@ -5,32 +5,48 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from asyncep_sgl.front.wording import NATIVE, Names
+
 # One new token is sampled from the prefill pass itself; the second would be the first decode step.
 MOST_NEW_TOKENS = 1
 
 
-def check_prompt(input_ids: Sequence[int] | None, vocabulary: int) -> None:
+def accepted_tokens(named: int | None) -> int | None:
+    """Tokens of the longest prompt that ranks take, of the number that SGLang names: it takes fewer."""
+    return None if named is None else named - 1
+
+
+def check_prompt(
+    input_ids: Sequence[int] | None, vocabulary: int, most: int | None = None, names: Names = NATIVE
+) -> None:
     """Refuses a prompt no rank could embed.
 
     Args:
         input_ids: token ids; None for prompts given as embeddings.
         vocabulary: number of token ids the model has.
+        most: tokens that a rank takes; None if that is not known.
+        names: what the caller calls the fields.
 
     Raises:
-        ValueError: empty, or an id outside the vocabulary (which would end the scheduler).
+        ValueError: empty, too long, or an id outside the vocabulary (which would end the scheduler).
     """
     if input_ids is None:
         return
     if not len(input_ids):
-        raise ValueError("text: the prompt is empty; give at least one token in text or input_ids")
+        raise ValueError(f"{names.text}: the prompt is empty; give at least one token in {_either(names)}")
+    if most is not None and len(input_ids) > most:
+        raise ValueError(
+            f"{names.text}: the prompt has {len(input_ids)} tokens, and the model's context length leaves room for "
+            f"{most}"
+        )
     # The usual case, without a step in Python for each token.
     if set(map(type, input_ids)) == {int} and min(input_ids) >= 0 and max(input_ids) < vocabulary:
         return
     for position, token in enumerate(input_ids):
         if isinstance(token, bool) or not isinstance(token, int):
-            raise ValueError(f"input_ids[{position}]: {token!r} is not an integer")
+            raise ValueError(f"{names.ids}[{position}]: {token!r} is not an integer")
         if not 0 <= token < vocabulary:
-            raise ValueError(f"input_ids[{position}]: token id {token} is outside the vocabulary [0, {vocabulary})")
+            raise ValueError(f"{names.ids}[{position}]: token id {token} is outside the vocabulary [0, {vocabulary})")
 
 
 def check_priority(priority: int | None, *, admin: bool) -> None:
@@ -50,8 +66,11 @@ def check_priority(priority: int | None, *, admin: bool) -> None:
         )
 
 
-def check_prefill_only(sampling_params: Mapping[str, Any]) -> None:
+def check_prefill_only(sampling_params: Mapping[str, Any], name: str = "sampling_params.max_new_tokens") -> None:
     """Refuses a request that would decode.
+
+    Args:
+        name: what the caller calls the number of new tokens.
 
     Raises:
         ValueError: ``max_new_tokens`` is missing (SGLang would decode 128), negative, or above one.
@@ -59,15 +78,19 @@ def check_prefill_only(sampling_params: Mapping[str, Any]) -> None:
     tokens = sampling_params.get("max_new_tokens")
     if tokens is None:
         raise ValueError(
-            "sampling_params.max_new_tokens: this server is prefill-only; set it to 0 (SGLang's default would decode "
+            f"{name}: this server is prefill-only; set it to 0 (SGLang's default would decode "
             "128 tokens), or start the server with --asyncep-decode allow"
         )
     if isinstance(tokens, bool) or not isinstance(tokens, int):
-        raise ValueError(f"sampling_params.max_new_tokens: {tokens!r} is not an integer")
+        raise ValueError(f"{name}: {tokens!r} is not an integer")
     if tokens < 0:
-        raise ValueError(f"sampling_params.max_new_tokens: {tokens} is negative; use 0")
+        raise ValueError(f"{name}: {tokens} is negative; use 0")
     if tokens > MOST_NEW_TOKENS:
         raise ValueError(
-            f"sampling_params.max_new_tokens: this server is prefill-only and {tokens} tokens would need decoding; "
+            f"{name}: this server is prefill-only and {tokens} tokens would need decoding; "
             f"use 0 or {MOST_NEW_TOKENS}, or start the server with --asyncep-decode allow"
         )
+
+
+def _either(names: Names) -> str:
+    return names.text if names.text == names.ids else f"{names.text} or {names.ids}"

@@ -13,6 +13,7 @@ from asyncep_sgl.config.front import FrontSettings
 from asyncep_sgl.config.options import ServeOptions
 from asyncep_sgl.config.settings import BatchSettings, GroupSettings, RouterSettings, RunSettings
 from asyncep_sgl.errors import UsageError
+from asyncep_sgl.launcher.sglang_names import refuse_unknown
 from asyncep_sgl.process.key_memory import ADMIN_KEY_VARIABLE, KEY_VARIABLE
 
 _DESCRIPTION = """\
@@ -102,6 +103,7 @@ def parse(arguments: Sequence[str]) -> ServeOptions:
     title, description, settings = _GROUPS[-1]
     add_flags(parser.add_argument_group(title, description), settings)
     known, passed = parser.parse_known_args(list(arguments))
+    refuse_unknown(passed, [flag for action in parser._actions for flag in action.option_strings])
     options = ServeOptions(
         model=known.model_path,
         ranks=known.dp_size,

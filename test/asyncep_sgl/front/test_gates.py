@@ -21,6 +21,7 @@ from asyncep_sgl.front.asgi import Refusal
 from asyncep_sgl.front.bodies import BodyGate, Held
 from asyncep_sgl.front.connections import limited
 from asyncep_sgl.front.mistakes import MistakesGate, without_sources
+from asyncep_sgl.front.model_cards import ModelCardsGate
 from asyncep_sgl.front.passage import caller, passage
 from asyncep_sgl.front.secrets import SecretsGate, redacted
 from asyncep_sgl.process.key_memory import hand_on, read_keys, without_keys
@@ -223,6 +224,25 @@ def test_server_info_passes_without_secrets(admin: bool) -> None:
 
     _, body = asyncio.run(run())
     assert body == {"api_key": "***", "dp_size": 2, "log_dir": "/var/log/x" if admin else "***"}
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/", "/v1/models/x", "/v1/modelsx", "/generate"])
+@pytest.mark.parametrize("most", [None, 7])
+def test_model_cards_have_the_length_that_is_accepted(path: str, most: int | None) -> None:
+    card = {"id": "x", "max_model_len": 10, "root": "x"}
+    shown = {"object": "list", "data": [card, {"id": "adapter", "max_model_len": None}]} if path[-1] != "x" else card
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await _answer(send, 200, shown)
+
+    async def run() -> Any:
+        return await _call(ModelCardsGate(app, lambda: most), [b""], path=path)
+
+    _, body = asyncio.run(run())
+    told = body["data"][0] if "data" in body else body
+    touched = most is not None and path.rstrip("/") in ("/v1/models", "/v1/models/x")
+    assert told == {**card, "max_model_len": most if touched else 10}
+    assert "data" not in body or body["data"][1]["max_model_len"] is None
 
 
 def test_keys_are_handed_on_unseen() -> None:

@@ -10,6 +10,7 @@ from asyncep_sgl.errors import UsageError
 from asyncep_sgl.front.sglang_flags import refused_flag
 from asyncep_sgl.launcher.command_line import parse, sglang_arguments, uses_our_router
 from asyncep_sgl.launcher.launch import batch_folder, check_batch_folder
+from asyncep_sgl.launcher.sglang_names import known_flags
 
 
 @pytest.mark.parametrize(
@@ -146,6 +147,31 @@ def test_a_flag_nobody_knows_is_one_line_with_the_one_that_was_meant() -> None:
     assert said.startswith("asyncep serve: unrecognized arguments: --dp-sise 2; did you mean --dp-size? ")
     assert "did you mean" not in refused_flag("unrecognized arguments: --xyz", known)
     assert "did you mean" not in refused_flag("argument --port: invalid int value: 'x'", known)
+
+
+def test_no_flag_of_sglangs_is_taken_for_a_mistake() -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    theirs = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+    assert len(theirs) > 300
+    assert set(theirs) - {"--help"} <= known_flags()
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--dp-sise=2", "--dp-sise: no such flag; did you mean --dp-size[?] asyncep serve --help lists ours"),
+        ("--asyncep-gather-dept", "did you mean --asyncep-gather-depth"),
+        ("--chunked-prefil-size", "did you mean --chunked-prefill-size"),
+        ("--zzz", "--zzz: no such flag; asyncep serve --help"),
+    ],
+)
+def test_a_flag_that_nobody_has_is_found_before_anything_is_imported(flag: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        parse(["--model", "m", flag, "5"])
+    parse(["--model", "m", "--chunked-prefill-size=8192", "--mem-fraction", "0.5", "--json-model-override-args", "{}"])
 
 
 def test_where_batches_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

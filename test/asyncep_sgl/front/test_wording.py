@@ -1,0 +1,58 @@
+"""Errors in the words of the endpoint that was called, with the entry of the list that they are about."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncep_sgl.front.sglang_flags import refuse_truncation
+from asyncep_sgl.front.validation import check_prefill_only, check_prompt
+from asyncep_sgl.front.wording import Names, names_at, placed
+
+
+@pytest.mark.parametrize(
+    ("path", "prompt", "tokens"),
+    [
+        ("/generate", "text", "sampling_params.max_new_tokens"),
+        ("/v1/completions", "prompt", "max_tokens"),
+        ("/v1/chat/completions", "messages", "max_tokens"),
+        ("/v1/responses", "input", "max_output_tokens"),
+        ("", "text", "sampling_params.max_new_tokens"),
+    ],
+)
+def test_fields_are_called_as_the_endpoint_calls_them(path: str, prompt: str, tokens: str) -> None:
+    names = names_at(path)
+    with pytest.raises(ValueError, match=rf"^{prompt}: the prompt is empty"):
+        check_prompt([], 10, None, names)
+    with pytest.raises(ValueError, match=rf"^{prompt}: the prompt has 4 tokens, .* leaves room for 3$"):
+        check_prompt([1, 2, 3, 4], 10, 3, names)
+    check_prompt([1, 2, 3], 10, 3, names)
+    with pytest.raises(ValueError, match=r"\[1\]: token id 10 is outside the vocabulary \[0, 10\)$"):
+        check_prompt([1, 10], 10, None, names)
+    for wrong in (None, 2, -1, True, "1"):
+        with pytest.raises(ValueError, match=f"^{tokens}: "):
+            check_prefill_only({} if wrong is None else {"max_new_tokens": wrong}, names.tokens)
+
+
+def test_prompts_as_ids_are_called_so() -> None:
+    with pytest.raises(ValueError, match=r"^input_ids\[0\]: -1 is|^input_ids\[0\]: token id -1"):
+        check_prompt([-1], 10, None, Names())
+
+
+@given(st.integers(2, 50), st.integers(0, 1000), st.data())
+def test_the_entry_is_the_clients(count: int, first: int, data: st.DataObject) -> None:
+    rids = [f"r{i}" for i in range(count)]
+    number = data.draw(st.integers(0, count - 1))
+    assert placed("no", rids[number], rids, first) == f"no (entry {first + number} of the list, counted from 0)"
+    for single in (None, "r0", ["r0"]):
+        assert placed("no", "r0", single, 0) == "no"
+    assert placed("no", "other", rids, 0) == "no"
+
+
+def test_cutting_in_silence_is_refused() -> None:
+    refuse_truncation(SimpleNamespace(allow_auto_truncate=False))
+    with pytest.raises(SystemExit, match="--allow-auto-truncate: it cuts off a prompt's end"):
+        refuse_truncation(SimpleNamespace(allow_auto_truncate=True))
