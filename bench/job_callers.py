@@ -15,6 +15,11 @@ from records import Claim
 from asyncep.runtime.runtime import Runtime
 
 _ROUNDS = 5
+# Where a model writes no space before a word.
+_PLACES: dict[str, dict[str, Any]] = {
+    "in a chat turn": {"chat": True},
+    "after a line break": {"template": "{text}\n\nSection of the newspaper ({labels}):\n"},
+}
 _LABELS = ["business", "entertainment", "politics", "sport", "technology"]
 _STEMS = """football cricket tennis rugby golf music film theatre art book television radio travel food health money
 bank trade oil gas energy climate weather science space computer phone internet game law crime police army war peace
@@ -31,6 +36,7 @@ def callers(model: Path, texts: Sequence[str], rounds: int = _ROUNDS) -> dict[st
         runtime.classify(some, _LABELS)
         gathered = [_gathered(runtime, some, number) for number in range(rounds)]
         slow = [_first_answer(runtime, some) for _ in range(rounds)]
+        masses = {place: _masses(runtime, some, options) for place, options in _PLACES.items()}
         many = [_many_labels(runtime, some[: len(some) // 8 or 1], number) for number in range(rounds)]
     return {
         "texts": len(some),
@@ -38,6 +44,7 @@ def callers(model: Path, texts: Sequence[str], rounds: int = _ROUNDS) -> dict[st
         "first_answer_s": slow,
         "labels": {"few": 50, "many": 50 * len(_ENDINGS.split())},
         "many_over_few": many,
+        "label_mass": masses,
     }
 
 
@@ -50,11 +57,27 @@ def claims_of_callers(found: dict[str, Any]) -> list[Claim]:
     gathered = ratio(found["gather_over_list"], "gather", "list")
     many = ratio(found["many_over_few"], "many", "few")
     first = statistics.median(found["first_answer_s"])
+    masses = [
+        Claim(f"labels' probability {place}, over that with a space before", pair["ours"] / pair["space"], 2.0, "ratio")
+        for place, pair in found["label_mass"].items()
+    ]
     return [
+        *masses,
         Claim("calls of one text in a gather over one call with all", gathered, 1.1, "ratio", at_least=False),
         Claim("first answer of a source that gives a text a second", first, 0.5, "s", at_least=False),
         Claim("1,000 labels with shared stems over 50", many, 3.0, "ratio", at_least=False),
     ]
+
+
+def _masses(runtime: Runtime, texts: Sequence[str], options: dict[str, Any]) -> dict[str, float]:
+    """Mean probability that the model writes one of the labels, as they are written and with a space before."""
+    spaced = {label: [f" {label}"] for label in _LABELS}
+
+    def mean(**more: Any) -> float:
+        found = runtime.classify(list(texts), _LABELS, **options, **more)
+        return statistics.mean(answer.label_mass or 0.0 for answer in found)
+
+    return {"ours": mean(), "space": mean(words=spaced)}
 
 
 def _timed(runtime: Runtime, work: Callable[[], object]) -> float:
