@@ -135,7 +135,6 @@ def bad_requests() -> dict[str, tuple[str, Any, str]]:
         "score label out of vocabulary": ("/v1/score", {"query": "a", "items": ["b"], "label_token_ids": [99_999]}, "99999"),
         "completion that decodes": ("/v1/completions", {"model": "m", "prompt": "a", "max_tokens": 16}, "max_tokens: this server"),
         "completion too long": ("/v1/completions", {"model": "m", "prompt": [5] * tiny_models.CONTEXT, "max_tokens": 1}, "prompt: the prompt has"),
-        "chat that decodes": ("/v1/chat/completions", {"model": "m", "messages": [{"role": "user", "content": "a"}], "max_tokens": 9}, "max_tokens"),
         "third of a list": ("/generate", {"input_ids": [[5], [6], [99_999]], "sampling_params": NOTHING_NEW}, "(entry 2 of the list, counted from 0)"),
         "late in a long list": ("/generate", {"input_ids": [*[[5]] * 150, [99_999]], "sampling_params": NOTHING_NEW}, "(entry 150 of the list, counted from 0)"),
         "new weights": ("/update_weights_from_disk", {"model_path": "elsewhere"}, "restart"),
