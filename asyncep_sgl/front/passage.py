@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from weakref import ReferenceType
 
 from asyncep_router.keys import NOBODY, Caller
 
@@ -28,8 +29,10 @@ passage: ContextVar[Passage | None] = ContextVar("asyncep_passage", default=None
 endpoint: ContextVar[str] = ContextVar("asyncep_endpoint", default="")
 """The path of the HTTP request being served; empty outside one."""
 
-asked: ContextVar[tuple[Any, int]] = ContextVar("asyncep_asked", default=(None, 0))
-"""What SGLang makes requests of just now, a list perhaps, and the number of its first prompt in the client's list."""
+asked: ContextVar[tuple[ReferenceType[Any] | None, int]] = ContextVar("asyncep_asked", default=(None, 0))
+"""What SGLang makes requests of just now, a list perhaps, and the number of its first prompt in the client's list.
+
+Contexts are copied to tasks and timers that outlive the request, so it is not kept alive by them."""
 
 caller: ContextVar[Caller] = ContextVar("asyncep_caller", default=NOBODY)
 """Who sent the request being served. A batch's requests are served in its owner's name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
+from weakref import ref
 
 from sglang.srt.plugins.hook_registry import HookType
 
@@ -16,7 +17,7 @@ from asyncep_sgl.front.admission import admit, check_texts, count_answer
 from asyncep_sgl.front.passage import asked, caller, endpoint, in_batch, passage
 from asyncep_sgl.front.tokenizing import answer, tokenize
 from asyncep_sgl.front.validation import accepted_tokens, check_prefill_only, check_priority, check_prompt
-from asyncep_sgl.front.wording import names_at, placed
+from asyncep_sgl.front.wording import names_at, placed, renamed
 from asyncep_sgl.process import listening
 from asyncep_sgl.process.seam import Seam
 from asyncep_sgl.router.marks import put_on
@@ -33,7 +34,10 @@ _OWNER = "asyncep_owner"
 
 def _before_generate(manager: Any, obj: Any, request: Any = None, *_: Any, **__: Any) -> None:
     """Fields are looked at before SGLang spreads a batch over its requests."""
-    admit(manager, obj, active_config())
+    try:
+        admit(manager, obj, active_config())
+    except ValueError as error:
+        raise ValueError(renamed(str(error), names_at(endpoint.get()))) from None
     # Requests of this process itself have no caller.
     check_priority(obj.priority, admin=request is None or caller.get().admin)
     if in_batch.get() and _router_has_priorities(manager.server_args):
@@ -49,10 +53,10 @@ def _around_generate(
     original: Callable[..., AsyncGenerator[Any, None]], manager: Any, obj: Any, request: Any = None
 ) -> Any:
     """A long list is served in parts, so that others are heard in between."""
-    _before_generate(manager, obj, request)
     url = getattr(request, "url", None)
     endpoint.set(url.path if url is not None else "")
-    asked.set((obj, 0))
+    asked.set((ref(obj), 0))
+    _before_generate(manager, obj, request)
     some = lists.parts(obj)
     if some is None:
         return original(manager, obj, request)
@@ -60,7 +64,7 @@ def _around_generate(
 
     def serve(part: Any) -> AsyncGenerator[Any, None]:
         # Each part is served by a task of its own.
-        asked.set((part, first[id(part)]))
+        asked.set((ref(part), first[id(part)]))
         return original(manager, part, request)
 
     return lists.served(some, serve)
@@ -78,12 +82,20 @@ def _before_validate(manager: Any, obj: Any, input_ids: list[int] | None) -> Non
     sampling = getattr(obj, "sampling_params", None)
     try:
         check_prompt(input_ids, manager.model_config.vocab_size, most, names)
-        count_answer(obj, len(input_ids or ()), config)
         if config.settings.decode == "refuse" and hasattr(obj, "return_logprob"):
             check_prefill_only(sampling or {}, names.tokens)
     except ValueError as error:
-        whole, first = asked.get()
-        raise ValueError(placed(str(error), obj.rid, getattr(whole, "rid", None), first)) from None
+        raise ValueError(_placed(str(error), obj)) from None
+    # Not one entry's: what all of the list ask for together.
+    count_answer(obj, len(input_ids or ()), config)
+
+
+def _placed(message: str, obj: Any) -> str:
+    whole, first = asked.get()
+    parent = whole() if whole is not None else None
+    rids = getattr(parent, "rid", None)
+    # Behind those of the list's prompts stand those of further samples.
+    return placed(message, obj.rid, rids[: parent.batch_size] if isinstance(rids, list) and parent else None, first)
 
 
 _WEIGHTS_ARE_SHARED = "the experts are shared by all ranks and read-only; restart asyncep serve to change weights"

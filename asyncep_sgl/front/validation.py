@@ -44,9 +44,9 @@ def check_prompt(
         return
     for position, token in enumerate(input_ids):
         if isinstance(token, bool) or not isinstance(token, int):
-            raise ValueError(f"{names.ids}[{position}]: {token!r} is not an integer")
+            raise ValueError(f"{_token(names, position)}: {token!r} is not an integer")
         if not 0 <= token < vocabulary:
-            raise ValueError(f"{names.ids}[{position}]: token id {token} is outside the vocabulary [0, {vocabulary})")
+            raise ValueError(f"{_token(names, position)}: token id {token} is outside the vocabulary [0, {vocabulary})")
 
 
 def check_priority(priority: int | None, *, admin: bool) -> None:
@@ -90,6 +90,11 @@ def check_prefill_only(sampling_params: Mapping[str, Any], name: str = "sampling
             f"{name}: this server is prefill-only and {tokens} tokens would need decoding; "
             f"use 0 or {MOST_NEW_TOKENS}, or start the server with --asyncep-decode allow"
         )
+
+
+def _token(names: Names, position: int) -> str:
+    """Where a token stands: other fields than SGLang's hold more than one prompt's ids."""
+    return f"{names.ids}[{position}]" if names == NATIVE else f"{names.ids}: token {position} of the prompt"
 
 
 def _either(names: Names) -> str:

@@ -34,8 +34,9 @@ def refuse_unknown(passed: Sequence[str], ours: Sequence[str]) -> None:
     known = sorted({*theirs, *ours})
     for argument in passed:
         name = argument.partition("=")[0]
-        # SGLang takes the beginning of a flag for the flag.
-        if not argument.startswith("--") or any(flag.startswith(name) for flag in theirs):
+        # SGLang takes the beginning of a flag for the flag, and what has a blank in it for a value.
+        value = not argument.startswith("--") or " " in name
+        if value or any(flag.startswith(name) for flag in theirs):
             continue
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -55,7 +56,10 @@ def known_flags() -> frozenset[str]:
         if not files:
             return frozenset()
         for file in files:
-            found |= _names(ast.parse(file.read_text()))
+            try:
+                found |= _names(ast.parse(file.read_bytes()))
+            except SyntaxError:
+                return frozenset()
     return frozenset(found)
 
 

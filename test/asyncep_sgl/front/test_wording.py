@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from asyncep_sgl.front.sglang_flags import refuse_truncation
 from asyncep_sgl.front.validation import check_prefill_only, check_prompt
-from asyncep_sgl.front.wording import Names, names_at, placed
+from asyncep_sgl.front.wording import NATIVE, Names, names_at, placed, renamed
 
 
 @pytest.mark.parametrize(
@@ -30,11 +30,29 @@ def test_fields_are_called_as_the_endpoint_calls_them(path: str, prompt: str, to
     with pytest.raises(ValueError, match=rf"^{prompt}: the prompt has 4 tokens, .* leaves room for 3$"):
         check_prompt([1, 2, 3, 4], 10, 3, names)
     check_prompt([1, 2, 3], 10, 3, names)
-    with pytest.raises(ValueError, match=r"\[1\]: token id 10 is outside the vocabulary \[0, 10\)$"):
+    where = r"input_ids\[1\]" if names == NATIVE else f"{prompt}: token 1 of the prompt"
+    with pytest.raises(ValueError, match=rf"^{where}: token id 10 is outside the vocabulary \[0, 10\)$"):
         check_prompt([1, 10], 10, None, names)
     for wrong in (None, 2, -1, True, "1"):
         with pytest.raises(ValueError, match=f"^{tokens}: "):
             check_prefill_only({} if wrong is None else {"max_new_tokens": wrong}, names.tokens)
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("sampling_params.max_new_tokens: -1 is wrong", "max_tokens: -1 is wrong"),
+        ("sampling_params.temperature: 5000", "temperature: 5000"),
+        ("text[1]: too long", "prompt[1]: too long"),
+        ("text, input_ids: give one", "prompt, input_ids: give one"),
+        ("input_ids[3]: 'a'", "prompt[3]: 'a'"),
+        ("priority: 5", "priority: 5"),
+        ("texts are none", "texts are none"),
+    ],
+)
+def test_other_errors_are_renamed(message: str, said: str) -> None:
+    assert renamed(message, names_at("/v1/completions")) == said
+    assert renamed(message, names_at("/generate")) == message
 
 
 def test_prompts_as_ids_are_called_so() -> None:

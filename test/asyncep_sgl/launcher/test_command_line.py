@@ -172,6 +172,7 @@ def test_a_flag_that_nobody_has_is_found_before_anything_is_imported(flag: str, 
     with pytest.raises(UsageError, match=words):
         parse(["--model", "m", flag, "5"])
     parse(["--model", "m", "--chunked-prefill-size=8192", "--mem-fraction", "0.5", "--json-model-override-args", "{}"])
+    parse(["--model", "m", "--served-model-name", "--my model", "--random-seed", "-1"])
 
 
 def test_where_batches_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
