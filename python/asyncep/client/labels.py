@@ -11,11 +11,12 @@ itself is in the prefix cache by then.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from asyncep.client.errors import OptionError
+from asyncep.client.pieces import in_pieces
 from asyncep.client.probes import Answerer, Probe, Reading
 
 Length = Literal["sum", "mean"]
@@ -137,7 +138,7 @@ class LabelSet:
             for stem in self._stems
         ]
         more: list[Reading] = []
-        for some in _pieces(tails):
+        for some in in_pieces(tails, lambda probe: len(probe.ids), most=_PASSES, most_size=_PASS_TOKENS):
             more += await answerer.answer(some, rank)
         width = len(self._stems)
         found = []
@@ -155,15 +156,3 @@ class LabelSet:
             passes += [(len(prompt) + len(s.ids), t.cached) for s, t in zip(self._stems, mine, strict=True)]
             found.append(LabelScores(tuple(totals), tuple(passes)))
         return found
-
-
-def _pieces(probes: Sequence[Probe]) -> Iterator[Sequence[Probe]]:
-    """The probes in runs of few enough of them and few enough tokens, a longer one by itself."""
-    start = size = 0
-    for number, probe in enumerate(probes):
-        if number > start and (size + len(probe.ids) > _PASS_TOKENS or number - start == _PASSES):
-            yield probes[start:number]
-            start, size = number, 0
-        size += len(probe.ids)
-    if start < len(probes):
-        yield probes[start:]

@@ -81,9 +81,10 @@ class Scorer:
         await self._together.close()
         await self._lanes.__aexit__(kind, error, trace)
 
-    def coming(self) -> contextlib.AbstractContextManager[None]:
-        """Says that a call is about to be made, for the length of what comes before it."""
-        return self._together.coming()
+    def coming(self, prompts: int, *, behind: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Says that a call of so many prompts is about to be made, for the length of what comes before it."""
+        small = not behind and prompts <= INTERACTIVE_PROMPTS
+        return self._together.coming() if small else contextlib.nullcontext()
 
     async def score(
         self,
@@ -113,7 +114,7 @@ class Scorer:
             if on_batch:
                 on_batch(numbers, answers)
 
-        if behind or not is_small(len(prompts)):
+        if behind or len(prompts) > INTERACTIVE_PROMPTS:
             await self._score_now(prompts, labels, take, behind=True)
         elif prompts:
             await self._together.score(prompts, labels, take)
@@ -195,11 +196,6 @@ class Scorer:
             if self.facts.counts_flops:
                 totals.flops += self.facts.cost.flops(tokens - cached, cached)
                 totals.full_flops += self.facts.cost.flops(tokens)
-
-
-def is_small(prompts: int) -> bool:
-    """Whether a call of so many prompts goes with the server's other requests, and with other small calls."""
-    return prompts <= INTERACTIVE_PROMPTS
 
 
 def common_beginning(prompts: Sequence[Sequence[int]]) -> Sequence[int]:

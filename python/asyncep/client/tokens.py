@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from asyncep.client.errors import NOT_THE_PROMPTS, OptionError, RejectedError
 from asyncep.client.generate import ServerApi
+from asyncep.client.pieces import in_pieces
 
 # Between them: bytes outside ASCII, runs of spaces, line breaks, digits, and an empty text, which shows what is added.
 _TRIALS = ("A first line.\n\n  Second: 12345 naïve 日本語 🙂\tend", " label", "x\n", "")
@@ -68,7 +69,12 @@ class ServerTokens:
 
     async def encode(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
         """See `TextTokens`."""
-        pieces = [self._piece(piece, special) for piece in _pieces(texts)]
+        pieces = [
+            self._piece(piece, special)
+            for piece in in_pieces(
+                texts, lambda text: len(text.encode()), most=_TOKENIZE_TEXTS, most_size=_TOKENIZE_BYTES
+            )
+        ]
         return [ids for piece in await asyncio.gather(*pieces) for ids in piece]
 
     async def _piece(self, texts: Sequence[str], special: bool) -> list[list[int]]:
@@ -87,19 +93,6 @@ class ServerTokens:
             middle = len(texts) // 2
             return [*await self._some(texts[:middle], special), *await self._some(texts[middle:], special)]
         return [[int(token) for token in ids] for ids in answer["tokens"]]
-
-
-def _pieces(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The texts in runs of few enough of them and few enough bytes, a longer one by itself."""
-    start = size = 0
-    for number, text in enumerate(texts):
-        length = len(text.encode())
-        if number > start and (size + length > _TOKENIZE_BYTES or number - start == _TOKENIZE_TEXTS):
-            yield texts[start:number]
-            start, size = number, 0
-        size += length
-    if start < len(texts):
-        yield texts[start:]
 
 
 async def tokens_for(client: ServerApi, folder: str | None) -> TextTokens:

@@ -18,7 +18,7 @@ from asyncep.jobs.run import OnProgress, run_job
 from asyncep.jobs.spec import JobResult, JobSpec
 from asyncep.runtime.life import Life
 from asyncep.runtime.windows import in_order
-from asyncep.tasks.arguments import LabelsGiven, task_options
+from asyncep.tasks.arguments import FileOptions, LabelsGiven, as_declared, task_options
 from asyncep.tasks.frames import is_array, is_frame, listed, tabular
 from asyncep.tasks.results import Classification, Ranked, Score, TokenLogProbs
 from asyncep.tasks.session import RerankOptions, Session
@@ -224,8 +224,10 @@ class Runtime(Life):
             (2, 0)
         """
         session, loop = self._need()
-        if isinstance(keep, str):
-            raise OptionError("keep: a list of fields is needed, not str")
+        given = {"text": text, "gold": gold, "keep": keep, "restart": restart, "overwrite": overwrite}
+        given |= {"input_format": input_format, "output_format": output_format}
+        given |= {"encoding": encoding, "delimiter": delimiter, "quote": quote, "header": header}
+        as_declared(given, FileOptions)
         known = None if input_format is None else FileFormat.named(input_format, PYTHON.input_format)
         reading = ReadOptions(known, encoding, delimiter, quote, header)
         spec = JobSpec(

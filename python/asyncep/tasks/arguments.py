@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import msgspec
 
@@ -28,6 +28,22 @@ _NEEDED = {
 }
 _PLACE = re.compile(r"(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<where>.*)`)?")
 _EXPECTED = re.compile(r"Expected `([^`]+)`(.*?), got `?([^`]+)`?")
+
+
+class FileOptions(TypedDict):
+    """Arguments of `Runtime.classify_file` that say how files are read and written."""
+
+    text: str
+    gold: str | None
+    keep: Sequence[str]
+    restart: bool
+    overwrite: bool
+    input_format: str | None
+    output_format: str | None
+    encoding: str | None
+    delimiter: str | None
+    quote: str
+    header: bool
 
 
 def task_options(labels: Any, options: PromptOptions) -> TaskOptions:

@@ -8,10 +8,9 @@ import math
 import operator
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import SupportsIndex, TypedDict
 
-import orjson
 from typing_extensions import Unpack
 
 from asyncep.client.errors import OptionError
@@ -19,7 +18,7 @@ from asyncep.client.generate import Behind, GenerateClient, ServerApi
 from asyncep.client.labels import LabelScores, LabelSet
 from asyncep.client.lanes import OnBatch
 from asyncep.client.probes import Answerer
-from asyncep.client.scorer import Scorer, is_small
+from asyncep.client.scorer import Scorer
 from asyncep.client.server_facts import ServerFacts, ask_server
 from asyncep.client.tokens import TextTokens, chat_surroundings, tokens_for
 from asyncep.tasks.arguments import as_declared, refuse_unknown
@@ -59,7 +58,7 @@ class Session:
     scorer: Scorer
     tokens: TextTokens
     client: ServerApi | None
-    _prepared: OrderedDict[bytes, asyncio.Task[Task]] = field(default_factory=OrderedDict, repr=False)
+    _prepared: OrderedDict[str, asyncio.Task[Task]] = field(default_factory=OrderedDict, repr=False)
 
     @property
     def facts(self) -> ServerFacts:
@@ -73,8 +72,7 @@ class Session:
             OptionError: options that cannot be used, naming the argument.
             ServerError: the server failed.
         """
-        options.check()
-        key = orjson.dumps(asdict(options))
+        key = repr(options)
         found = self._prepared.get(key)
         if found is None or (found.done() and (found.cancelled() or found.exception() is not None)):
             found = self._prepared[key] = asyncio.create_task(self._prepare(options))
@@ -85,6 +83,7 @@ class Session:
         return found.result() if found.done() else await asyncio.shield(found)
 
     async def _prepare(self, options: TaskOptions) -> Task:
+        options.check()
         templates = options.templates()
         if options.chat:
             if self.client is None:
@@ -151,7 +150,7 @@ class Session:
             bad = [number for number, reason in enumerate(results) if reason]
             on_texts(bad, [results[number] for number in bad])
         width = len(task.templates)
-        with self.scorer.coming() if not behind and is_small(len(good) * width) else contextlib.nullcontext():
+        with self.scorer.coming(len(good) * width, behind=behind):
             prompts, cut = await prompts_of(
                 [texts[number] for number in good], task, self.tokens, self.facts.most_tokens
             )
@@ -236,7 +235,7 @@ class Session:
     ) -> list[LabelScores | str]:
         """Log-probabilities of tokens after prompts; a token that there is not is no prompt's error."""
         tokens = _one_token_each(token_ids, argument)
-        with self.scorer.coming() if is_small(len(prompts)) else contextlib.nullcontext():
+        with self.scorer.coming(len(prompts)):
             ids = await self._ids(prompts)
         found = await self.scorer.score(ids, tokens)
         reasons = [reason for reason in found if isinstance(reason, str)]

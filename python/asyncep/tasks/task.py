@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, TypedDict
 
 from asyncep.client.errors import OptionError
@@ -237,14 +238,18 @@ class Task:
 
     def values(self, scores: Sequence[float]) -> list[float]:
         """The log-likelihood of each label, or of yes and no for each, out of those of all words."""
-        counts = [len(words) for words in self.options.written()] * len(self.templates)
-        if len(counts) == len(scores):
+        if len(self._counts) == len(scores):
             return list(scores)
         values, start = [], 0
-        for count in counts:
+        for count in self._counts:
             values.append(together(scores[start : start + count]))
             start += count
         return values
+
+    @cached_property
+    def _counts(self) -> list[int]:
+        """How many scores make one value, for each of `values`."""
+        return [len(words) for words in self.options.written()] * len(self.templates)
 
     def decide(self, scores: TextScores | str) -> Classification:
         """The answer that follows from a text's scores, or from the reason why it has none."""

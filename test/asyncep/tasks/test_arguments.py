@@ -12,11 +12,11 @@ import pandas
 import polars
 import pyarrow
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from asyncep.client.errors import OptionError
-from asyncep.tasks.arguments import task_options
+from asyncep.tasks.arguments import FileOptions, as_declared, task_options
 from asyncep.tasks.task import PromptOptions, TaskOptions
 
 NAMES = sorted(PromptOptions.__annotations__)
@@ -56,8 +56,10 @@ def tried(name: str, value: Any) -> TaskOptions | None:
     except OptionError as error:
         refused = str(error)
     assert refused.startswith(name), refused
-    assert "$" not in refused
-    assert "`" not in refused
+    # The words are ours; only the value itself may have these characters.
+    words = refused.replace(value, "") if isinstance(value, str) and value else refused
+    assert "$" not in words
+    assert "`" not in words
     return None
 
 
@@ -74,6 +76,8 @@ def test_odd_arguments(name: str) -> None:
 
 
 @given(name=st.sampled_from(["labels", *NAMES]), value=anything)
+@example(name="length", value="$")
+@example(name="truncate", value="`")
 def test_any_argument(name: str, value: Any) -> None:
     tried(name, value)
 
@@ -105,3 +109,18 @@ def test_what_is_said(labels: Any, options: Any, message: str) -> None:
 @pytest.mark.parametrize("labels", [numpy.array(["a", "b"]), pandas.Series(["a", "b"]), polars.Series(["a", "b"])])
 def test_columns_of_labels_are_lists(labels: Any) -> None:
     assert list(task_options(labels, {}).labels) == ["a", "b"]
+
+
+FILE = {"text": "t", "gold": None, "keep": ["a"], "restart": False, "overwrite": False, "input_format": None}
+FILE |= {"output_format": None, "encoding": None, "delimiter": None, "quote": "", "header": True}
+
+
+def test_how_files_are_read_is_said_by_the_right_types() -> None:
+    assert set(FILE) == set(FileOptions.__annotations__)
+    as_declared(FILE, FileOptions)
+    for name in FILE:
+        for wrong in (5, 1.5, b"x", {"a": "b"}, object()):
+            with pytest.raises(OptionError, match=f"^{name}"):
+                as_declared({**FILE, name: wrong}, FileOptions)
+    with pytest.raises(OptionError, match="keep: a list is needed, not str"):
+        as_declared({**FILE, "keep": "id"}, FileOptions)
