@@ -22,7 +22,7 @@ serve: setup ## serve the demo model on http://127.0.0.1:30000 (ARGS="--port 800
 	@exec $(PY) -m asyncep serve --model-path "$$($(PY) -m asyncep demo-model --print-path)" --dp-size 2 $(ARGS)
 
 test: setup ## every test (ARGS="-k store" for some, JOBS=2 in two processes at once)
-	@$(PY) -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@$(PY) -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder $(ARGS)
 
 chaos: setup ## processes killed and stopped, links cut, disks full, under 100 clients, some 15 minutes (root: all of it; ARGS="--cases disk")
 	@$(PY) bench/chaos.py $(QUICK) $(ARGS)

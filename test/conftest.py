@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import tiny_models
 from server import Server, start_asyncep, start_stock
+from xdist.scheduler import LoadScopeScheduling
 
 # Stock SGLang leaves names in /dev/shm. Files that start it, and those that look there for what is left, run one after
 # the other where the rest runs in two processes.
@@ -30,15 +32,24 @@ hypothesis.settings.register_profile("steady", deadline=None)
 hypothesis.settings.load_profile("steady")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files stay whole when two processes share the tests, and those that start servers come first: they are long."""
+    """Where two processes share the tests, files that start servers come first: they are long."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         with_servers = {item.path for item in items if item.get_closest_marker("server")}
         items.sort(key=lambda item: item.path not in with_servers)
-    for item in items:
-        name = "one after the other" if item.path.name in ONE_AFTER_THE_OTHER else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(name))
+
+
+class WholeFiles(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
+    """A file's tests run in one process, so that what its fixtures start is started once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file, _, _ = nodeid.partition("::")
+        return "one after the other" if Path(file).name in ONE_AFTER_THE_OTHER else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> WholeFiles:
+    """Groups by mark (``--dist loadgroup``) have no effect with the locked versions of pytest and xdist."""
+    return WholeFiles(config, log)
 
 
 @pytest.fixture(scope="session")

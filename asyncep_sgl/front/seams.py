@@ -81,13 +81,17 @@ def _before_validate(manager: Any, obj: Any, input_ids: list[int] | None) -> Non
     most = accepted_tokens(manager.max_req_input_len)
     sampling = getattr(obj, "sampling_params", None)
     try:
-        check_prompt(input_ids, manager.model_config.vocab_size, most, names)
+        as_ids = getattr(obj, "text", None) is None
+        check_prompt(input_ids, manager.model_config.vocab_size, most, names, given_as_ids=as_ids)
         if config.settings.decode == "refuse" and hasattr(obj, "return_logprob"):
             check_prefill_only(sampling or {}, names.tokens)
     except ValueError as error:
         raise ValueError(_placed(str(error), obj)) from None
-    # Not one entry's: what all of the list ask for together.
-    count_answer(obj, len(input_ids or ()), config)
+    try:
+        # Not one entry's: what all of the list ask for together.
+        count_answer(obj, len(input_ids or ()), config)
+    except ValueError as error:
+        raise ValueError(renamed(str(error), names)) from None
 
 
 def _placed(message: str, obj: Any) -> str:

@@ -15,7 +15,7 @@ import starlette.requests
 from starlette.responses import Response
 from starlette.routing import Route
 
-from asyncep_router.long_lived import return_memory, settle
+from asyncep_router.long_lived import importing, return_memory, settle
 from asyncep_sgl.config.model_support import read_config
 from asyncep_sgl.config.run import AsyncEPConfig
 from asyncep_sgl.errors import StoreError
@@ -80,27 +80,28 @@ def _reasons_reported(store_address: str) -> Iterator[None]:
 
 
 def _serve(arguments: list[str], config: AsyncEPConfig, door: Door) -> None:
-    from sglang.srt.plugins import load_plugins
+    with importing():
+        from sglang.srt.plugins import load_plugins
 
-    # First, as in sglang.launch_server: what is imported from here on is already hooked.
-    load_plugins()
-    from asyncep_sgl.front.seams import owner_of
-    from asyncep_sgl.front.start import (
-        admit_zero_max_tokens,
-        fork_processes_ahead,
-        leave_garbage_to_us,
-        sglang_refuses,
-    )
-    from asyncep_sgl.process.seam import assert_active
+        # First, as in sglang.launch_server: what is imported from here on is already hooked.
+        load_plugins()
+        from asyncep_sgl.front.seams import owner_of
+        from asyncep_sgl.front.start import (
+            admit_zero_max_tokens,
+            fork_processes_ahead,
+            leave_garbage_to_us,
+            sglang_refuses,
+        )
+        from asyncep_sgl.process.seam import assert_active
 
-    admit_zero_max_tokens()
-    from sglang.srt.entrypoints.http_server import app, get_global_state, launch_server
-    from sglang.srt.managers.scheduler import run_scheduler_process
-    from sglang.srt.server_args import prepare_server_args
-    from sglang.srt.utils import kill_process_tree
+        admit_zero_max_tokens()
+        from sglang.srt.entrypoints.http_server import app, get_global_state, launch_server
+        from sglang.srt.managers.scheduler import run_scheduler_process
+        from sglang.srt.server_args import prepare_server_args
+        from sglang.srt.utils import kill_process_tree
 
-    from asyncep_sgl.front.questions import ask_who_is_there
-    from asyncep_sgl.router.one_rank import run_router_of_one_rank
+        from asyncep_sgl.front.questions import ask_who_is_there
+        from asyncep_sgl.router.one_rank import run_router_of_one_rank
 
     leave_garbage_to_us()
     assert_active()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncep_router.long_lived import importing
 from asyncep_sgl.errors import SeamError
 
 
@@ -43,9 +44,10 @@ def fork_processes_ahead() -> None:
     """
     from asyncep_sgl.process.template import import_everything
 
-    import_everything()
-    from sglang.srt.entrypoints import engine
-    from sglang.srt.managers import data_parallel_controller as controller
+    with importing():
+        import_everything()
+        from sglang.srt.entrypoints import engine
+        from sglang.srt.managers import data_parallel_controller as controller
 
     from asyncep_sgl.process.prefork import PreforkContext, fork_ahead
     from asyncep_sgl.router.one_rank import run_router_of_one_rank

@@ -17,7 +17,12 @@ def accepted_tokens(named: int | None) -> int | None:
 
 
 def check_prompt(
-    input_ids: Sequence[int] | None, vocabulary: int, most: int | None = None, names: Names = NATIVE
+    input_ids: Sequence[int] | None,
+    vocabulary: int,
+    most: int | None = None,
+    names: Names = NATIVE,
+    *,
+    given_as_ids: bool = False,
 ) -> None:
     """Refuses a prompt no rank could embed.
 
@@ -26,18 +31,20 @@ def check_prompt(
         vocabulary: number of token ids the model has.
         most: tokens that a rank takes; None if that is not known.
         names: what the caller calls the fields.
+        given_as_ids: the caller has given the ids themselves.
 
     Raises:
         ValueError: empty, too long, or an id outside the vocabulary (which would end the scheduler).
     """
     if input_ids is None:
         return
+    field = names.ids if given_as_ids else names.text
     if not len(input_ids):
-        raise ValueError(f"{names.text}: the prompt is empty; give at least one token in {_either(names)}")
+        raise ValueError(f"{field}: the prompt is empty; give at least one token in {_either(names)}")
     if most is not None and len(input_ids) > most:
         raise ValueError(
-            f"{names.text}: the prompt has {len(input_ids)} tokens, and the model's context length leaves room for "
-            f"{most}"
+            f"{field}: the prompt has {len(input_ids)} tokens, and the model's context length leaves room for {most}; "
+            "shorten it"
         )
     # The usual case, without a step in Python for each token.
     if set(map(type, input_ids)) == {int} and min(input_ids) >= 0 and max(input_ids) < vocabulary:

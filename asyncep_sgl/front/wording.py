@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -14,18 +14,25 @@ class Names:
     Attributes:
         text, ids: the prompt, as text and as token ids.
         tokens: how many tokens may be new.
+        others: what else it calls differently, by SGLang's name.
     """
 
     text: str = "text"
     ids: str = "input_ids"
     tokens: str = "sampling_params.max_new_tokens"
+    others: Mapping[str, str] = field(default_factory=dict)
 
 
 NATIVE = Names()
-_FIELD = re.compile(r"text\b|input_ids\b|sampling_params\.\w+")
+# The fields that an error begins with, with commas between.
+_FIELDS = re.compile(r"[a-z_.]+(?:, [a-z_.]+)*(?=[:\[])")
+_OPENAI = {"min_new_tokens": "min_tokens", "sampling_seed": "seed", "logprob_start_len": "echo"}
 _OTHERS = {
-    "/v1/completions": Names("prompt", "prompt", "max_tokens"),
-    "/v1/chat/completions": Names("messages", "messages", "max_tokens"),
+    "/v1/completions": Names("prompt", "prompt", "max_tokens", {**_OPENAI, "top_logprobs_num": "logprobs"}),
+    "/v1/chat/completions": Names(
+        *("messages", "messages", "max_completion_tokens (or max_tokens)"),
+        {**_OPENAI, "top_logprobs_num": "top_logprobs"},
+    ),
     "/v1/messages": Names("messages", "messages", "max_tokens"),
     "/v1/responses": Names("input", "input", "max_output_tokens"),
     "/invocations": Names("messages", "messages", "max_tokens"),
@@ -45,17 +52,18 @@ def names_at(path: str) -> Names:
 
 def renamed(message: str, names: Names) -> str:
     """An error that speaks of SGLang's fields in the words of another endpoint."""
-    if names == NATIVE:
+    found = _FIELDS.match(message)
+    if names == NATIVE or found is None:
         return message
-    field = _FIELD.match(message)
-    if field is None:
-        return message
-    rest = message[field.end() :]
-    if field[0] in ("text", "input_ids"):
-        return (names.text if field[0] == "text" else names.ids) + rest
-    if field[0] == NATIVE.tokens:
-        return names.tokens + rest
-    return field[0].removeprefix("sampling_params.") + rest
+    said = dict.fromkeys(_renamed(field, names) for field in found[0].split(", "))
+    return ", ".join(said) + message[found.end() :]
+
+
+def _renamed(field: str, names: Names) -> str:
+    if field == NATIVE.tokens:
+        return names.tokens
+    short = field.removeprefix("sampling_params.")
+    return {**names.others, NATIVE.text: names.text, NATIVE.ids: names.ids}.get(short, short)
 
 
 def placed(message: str, rid: str | None, rids: object, first: int) -> str:

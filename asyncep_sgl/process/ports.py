@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import random
 import socket
+from collections import OrderedDict
 from pathlib import Path
 
 _RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -17,20 +18,39 @@ _RESERVED = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
 _LOWEST = 20000
 _LISTENING = "0A"
 _TRIES = 1000
-# Servers that are started together must not be given the same port before one of them listens.
-_given: set[int] = set()
+# Servers that are started together must not be given the same port before one of them listens, whichever processes of
+# this host start them: a name that only one of them can have says whose a port is. Held for so many ports at most.
+_MOST_GIVEN = 64
+_given: OrderedDict[int, socket.socket] = OrderedDict()
 
 
 def free_port(host: str = "127.0.0.1") -> int:
     """A port on which nobody listens now and that the kernel gives to no connection of its own accord."""
     quiet, chance = _quiet_ports(), random.SystemRandom()
     for _ in range(_TRIES if quiet else 0):
-        if (port := chance.choice(quiet)) not in _given and is_free(port, host):
-            _given.add(port)
+        port = chance.choice(quiet)
+        if is_free(port, host) and _take(port):
             return port
     # A host whose every port is ephemeral.
     with socket.create_server((host, 0), family=_family(host)) as probe:
         return int(probe.getsockname()[1])
+
+
+def _take(port: int) -> bool:
+    """Makes a port this process's, unless it is somebody's who has asked here too. The kernel frees it at an end."""
+    if port in _given:
+        return False
+    mark = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        mark.bind(f"\0asyncep-port-{port}")
+    except OSError:
+        mark.close()
+        return False
+    _given[port] = mark
+    if len(_given) > _MOST_GIVEN:
+        _, oldest = _given.popitem(last=False)
+        oldest.close()
+    return True
 
 
 def is_free(port: int, host: str = "127.0.0.1") -> bool:

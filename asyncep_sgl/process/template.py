@@ -7,6 +7,8 @@ import importlib
 import socket
 import sys
 
+from asyncep_router.long_lived import importing
+
 
 def import_everything() -> None:
     """Imports what the front, the router, the ranks and the detokenizer need.
@@ -30,13 +32,14 @@ def main(descriptor: int, owner: int) -> None:
         owner: the process whose children they become.
     """
     line = socket.socket(fileno=descriptor)
-    from sglang.srt.plugins import load_plugins
+    with importing():
+        from sglang.srt.plugins import load_plugins
 
-    # First, as in the front: what is imported from here on is already hooked.
-    load_plugins()
-    from asyncep_sgl.process.prefork import serve_template
+        # First, as in the front: what is imported from here on is already hooked.
+        load_plugins()
+        from asyncep_sgl.process.prefork import serve_template
 
-    import_everything()
+        import_everything()
     gc.freeze()  # a collection would write to every object, and so copy every page
     serve_template(line, owner)
 

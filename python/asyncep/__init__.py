@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from asyncep.local_server import StartError as StartError
     from asyncep.own_files import OutputError as OutputError
     from asyncep.runtime.runtime import Runtime as Runtime
+    from asyncep.tasks.label_mass import LabelMassWarning as LabelMassWarning
     from asyncep.tasks.results import Classification as Classification
     from asyncep.tasks.results import Ranked as Ranked
     from asyncep.tasks.results import Score as Score
@@ -29,6 +30,7 @@ _HOMES = {
     "Runtime": "asyncep.runtime.runtime",
     **dict.fromkeys(("Classification", "Ranked", "Score", "TokenLogProbs"), "asyncep.tasks.results"),
     "JobResult": "asyncep.jobs.spec",
+    "LabelMassWarning": "asyncep.tasks.label_mass",
     **dict.fromkeys(("OptionError", "ServerError"), "asyncep.client.errors"),
     "InputError": "asyncep.files.kinds",
     "OutputError": "asyncep.own_files",

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import polars
 
 import asyncep
-from asyncep import Classification, JobResult, OptionError, Ranked, Runtime, Score, ServerError, TokenLogProbs
+from asyncep import (
+    Classification,
+    InputError,
+    JobError,
+    JobResult,
+    LabelMassWarning,
+    OptionError,
+    OutputError,
+    Ranked,
+    Runtime,
+    Score,
+    ServerError,
+    StartError,
+    TokenLogProbs,
+)
 
 
 def texts() -> Iterator[str]:
@@ -53,9 +68,43 @@ async def awaited(runtime: Runtime) -> list[Classification]:
 def job(runtime: Runtime, folder: Path) -> JobResult:
     """A file to a file."""
     (folder / "mails.csv").write_text("body,kind\nBuy now!,spam\nSee you at ten.,ham\n")
-    return runtime.classify_file(
+    done = runtime.classify_file(
         folder / "mails.csv", folder / "out.jsonl", ["spam", "ham"], text="body", gold="kind", keep=["kind"]
     )
+    for wrong, output, text in (("gone.csv", "o.jsonl", "body"), ("mails.csv", "out.jsonl", "body")):
+        try:
+            runtime.classify_file(folder / wrong, folder / output, ["spam", "ham"], text=text)
+        except (InputError, OutputError, JobError) as error:
+            print(error)
+    return done
+
+
+def connected(url: str) -> int:
+    """A server that runs already, with and without `with`; and a model that there is not."""
+    with Runtime.connect(url) as first:
+        prompts: int = first.totals.prompts
+    second: Runtime = Runtime.connect(url).start()
+    same: bool = second.url == url
+    second.close()
+    try:
+        Runtime("/no/such/model", dp_size=1, show_start=False).start()
+    except StartError as error:
+        print(error)
+    return prompts if same else -1
+
+
+async def connected_too(url: str) -> list[int]:
+    """The same from an event loop."""
+    async with Runtime.connect(url) as runtime:
+        return runtime.tokenize(["y"])[0]
+
+
+def judged(runtime: Runtime) -> int:
+    """A warning that a user may want to be an error."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", LabelMassWarning)
+        runtime.classify(["x"], ["an improbable label", "another of the kind"])
+    return len(seen)
 
 
 def refused(runtime: Runtime) -> str:

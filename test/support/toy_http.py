@@ -54,7 +54,10 @@ def app(seconds: float) -> web.Application:
         return web.json_response({"model_path": "toy", "tokenizer_path": "toy"})
 
     async def tokenize(request: web.Request) -> web.Response:
-        prompts = (await request.json())["prompt"]
+        body = await request.json()
+        if "prompt" not in body:
+            return web.json_response({"error": {"message": "no chat template"}}, status=400)
+        prompts = body["prompt"]
         return web.json_response({"tokens": [list(prompt.encode()) for prompt in prompts]})
 
     made = web.Application(client_max_size=1 << 30)

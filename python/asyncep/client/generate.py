@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ class GenerateClient:
     Args:
         url: such as ``http://127.0.0.1:30000``.
         api_key: sent as bearer token.
+        certificate: PEM file of the one certificate to trust, whatever host it names; by default the system's.
         timeout: seconds without a byte from the server after which a request counts as failed.
 
     A connection has 10 s to come about. A question (every GET) has 30 s in all, tokens of texts 120 s. Work has no
@@ -76,8 +78,14 @@ class GenerateClient:
         OptionError: the URL is none.
     """
 
-    def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 3600) -> None:
+    def __init__(
+        self, url: str, *, api_key: str | None = None, certificate: str | None = None, timeout: float = 3600
+    ) -> None:
         self.url = server_url(url)
+        self._trust: ssl.SSLContext | bool = True
+        if certificate is not None:
+            self._trust = ssl.create_default_context(cafile=certificate)
+            self._trust.check_hostname = False
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=timeout)
         self._session: aiohttp.ClientSession | None = None
@@ -85,7 +93,7 @@ class GenerateClient:
         self._looking: asyncio.Future[bool] | None = None
 
     async def __aenter__(self) -> GenerateClient:
-        connector = aiohttp.TCPConnector(limit=0, socket_factory=lasting_socket)
+        connector = aiohttp.TCPConnector(limit=0, ssl=self._trust, socket_factory=lasting_socket)
         self._session = aiohttp.ClientSession(headers=self._headers, timeout=self._timeout, connector=connector)
         return self
 

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from asyncep.client.errors import OptionError, RejectedError, ServerError
 from asyncep.cluster.ray_nodes import open_ray_session
-from asyncep.commands.classify_flags import STREAM, job_of, most_errors, parser
+from asyncep.commands.classify_flags import STREAM, in_flags, job_of, most_errors, parser
 from asyncep.files.kinds import InputError
 from asyncep.jobs.estimate import Estimate
 from asyncep.jobs.journal import JobError
@@ -32,7 +32,6 @@ from asyncep.jobs.run import run_job
 from asyncep.jobs.spec import JobResult, JobSpec
 from asyncep.local_server import StartError, local_server
 from asyncep.tasks.session import Session, open_session
-from asyncep.tasks.template import TemplateError
 from asyncep_router.errors import ConfigError
 from asyncep_router.keys import key_from
 
@@ -55,7 +54,10 @@ def main(arguments: Sequence[str]) -> int:
         ):
             result, peak = _do(options, spec, console)
             return _tell(options, result, peak)
-    except (InputError, TemplateError, JobError, OptionError, ConfigError, FileNotFoundError) as error:
+    except OptionError as error:
+        print(f"asyncep classify: {in_flags(str(error), options)}", file=sys.stderr)
+        return 2
+    except (InputError, JobError, ConfigError, FileNotFoundError) as error:
         print(f"asyncep classify: {error}", file=sys.stderr)
         return 2
     except (ServerError, StartError, RejectedError) as error:

@@ -8,11 +8,10 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from asyncep.client.address import server_url
-from asyncep.client.errors import OptionError
 from asyncep.files.kinds import FileFormat, InputError, ReadOptions
 from asyncep.files.opening import kept_stream
 from asyncep.files.rows import RowSource
@@ -205,10 +204,7 @@ def _task(options: argparse.Namespace) -> TaskOptions:
         other=options.other or "other",
         truncate=options.truncate,
     )
-    try:
-        task.check()
-    except OptionError as error:
-        raise type(error)(_in_flags(str(error), "--labels-file" if options.labels_file else "--labels")) from None
+    task.check()
     return task
 
 
@@ -218,15 +214,14 @@ def _labels(options: argparse.Namespace) -> Labels:
     return read_labels(options.labels_file) if options.labels_file else labels_in(options.labels)
 
 
-def _in_flags(message: str, labels: str) -> str:
-    """An error of a Python argument in the words of a shell.
-
-    Args:
-        labels: the flag that the labels came with.
-    """
+def in_flags(message: str, options: argparse.Namespace) -> str:
+    """An error of a Python argument in the words of a shell."""
+    labels = "--labels-file" if options.labels_file else "--labels"
     name, colon, rest = message.partition(":")
-    if not name.isidentifier():
+    if name not in {field.name for field in fields(TaskOptions)}:
         return message
+    if name == "length":
+        return f"--label-length:{rest}"
     if name in ("labels", "descriptions", "words"):
         return f"{labels}: {'' if name == 'labels' else name + ':'}{rest.lstrip() if name == 'labels' else rest}"
     rest = rest.replace("chat=True", "--chat").replace("multi_label", "--multi-label")

@@ -138,11 +138,11 @@ def _build(directory: Path, variant: Variant, progress: Callable[[str, int, int]
     from asyncep.demo.checkpoint import save_mixtral
     from asyncep.demo.moefy import MoeShape, convert_exact, convert_sparse
     from asyncep.demo.task import TaskPrompts, routing_articles
-    from asyncep.demo.weights import load_dense, load_tokenizer, working_dtype
+    from asyncep.demo.weights import load_dense, load_tokenizer
 
     progress("load", 0, 1)
     tokenizer = load_tokenizer()
-    model = load_dense(torch.bfloat16).to(working_dtype())
+    model = load_dense(torch.bfloat16).float()
     prompts = TaskPrompts.create(tokenizer).token_ids(routing_articles(_ROUTING_PER_TOPIC[variant]))
 
     started = time.monotonic()

@@ -3,6 +3,9 @@
 Layers are converted in order. The dense model and the model converted so far run side by side on real
 prompts; the down projections of each layer are refitted so that the converted residual stream returns to
 the dense one, which also repairs what earlier layers lost.
+
+All of it in fp32, also where the model is served in bf16: what is fitted is a small difference of two streams. With
+bf16 the converted model was three times further from the dense one on one kind of CPU than on another.
 """
 
 from __future__ import annotations
@@ -56,8 +59,8 @@ def convert_exact(model: Any, prompts: Sequence[Sequence[int]], shape: MoeShape,
         for dense in model.model.layers:
             stream.attend(dense)
             inputs = dense.post_attention_layernorm(stream.tokens())
-            down = dense.mlp.down_proj.weight.float()
-            contributions = _activations(dense, inputs).float().abs() * down.norm(dim=0)
+            down = dense.mlp.down_proj.weight
+            contributions = _activations(dense, inputs).abs() * down.norm(dim=0)
             assignment = assign_neurons(
                 contributions, experts=shape.experts, always_useful=shape.always_useful, generator=generator
             )
@@ -85,12 +88,12 @@ def convert_sparse(
         for index, dense in enumerate(model.model.layers):
             reference.attend(dense)
             stream.attend(dense)
-            before = stream.tokens()
             reference.feed_forward(_dense_block(dense))
-            layer = _convert_layer(dense, before, reference.tokens(), repeats, shape, generator)
-            load = layer.load - _loads(dense, before[: batch.prefix_tokens], layer.router, shape.top_k)
-            layers.append(MoeLayer(layer.assignment, layer.router, layer.down, load))
-            stream.feed_forward(_sparse_block(dense, layers[-1], shape.top_k))
+            layer, output = _convert_layer(
+                dense, stream.tokens(), reference.tokens(), repeats, shape, generator, batch.prefix_tokens
+            )
+            layers.append(layer)
+            stream.add(output)
             progress(index + 1, len(model.model.layers))
     return layers
 
@@ -102,13 +105,18 @@ def _convert_layer(
     repeats: torch.Tensor,
     shape: MoeShape,
     generator: torch.Generator,
-) -> MoeLayer:
-    """Convert one layer, whose input stream is ``before`` and output should be ``wanted``: [N, hidden]."""
-    normed = dense.post_attention_layernorm(before)
-    inputs, activations = normed.float(), _activations(dense, normed).float()
-    down = dense.mlp.down_proj.weight.float()
+    prefix_tokens: int,
+) -> tuple[MoeLayer, torch.Tensor]:
+    """Convert one layer, whose input stream is ``before`` and output should be ``wanted``: [N, hidden].
+
+    Returns:
+        The layer, and what it adds to the stream: [N, hidden].
+    """
+    inputs = dense.post_attention_layernorm(before)
+    activations = _activations(dense, inputs)
+    down = dense.mlp.down_proj.weight
     # The next norm divides by the stream's size, so errors count relative to it.
-    weights = repeats / wanted.float().pow(2).mean(1)
+    weights = repeats / wanted.pow(2).mean(1)
 
     assignment = assign_neurons(
         activations.abs() * down.norm(dim=0),
@@ -117,11 +125,12 @@ def _convert_layer(
         generator=generator,
     )
     energies = expert_energies(activations, down, assignment)
-    router = fit_router(inputs, energies, weights).to(dense.mlp.down_proj.weight.dtype)
-    gate = gates(normed, router, shape.top_k)
+    router = fit_router(inputs, energies, weights)
+    gate = gates(inputs, router, shape.top_k)
     gated = activations * gate[:, assignment]
-    down = refit_down(down * shape.top_k, gated, wanted.float() - before.float(), weights)
-    return MoeLayer(assignment, router, down, (gate > 0).sum(0).float())
+    down = refit_down(down * shape.top_k, gated, wanted - before, weights)
+    load = (gate[prefix_tokens:] > 0).sum(0).float()
+    return MoeLayer(assignment, router, down, load), gated @ down.T
 
 
 def _token_weights(batch: PromptBatch) -> torch.Tensor:
@@ -135,21 +144,5 @@ def _activations(dense: Any, normed: torch.Tensor) -> torch.Tensor:
     return functional.silu(dense.mlp.gate_proj(normed)) * dense.mlp.up_proj(normed)
 
 
-def _loads(dense: Any, before: torch.Tensor, router: torch.Tensor, top_k: int) -> torch.Tensor:
-    return (gates(dense.post_attention_layernorm(before), router, top_k) > 0).sum(0).float()
-
-
 def _dense_block(dense: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda hidden: dense.mlp(dense.post_attention_layernorm(hidden))
-
-
-def _sparse_block(dense: Any, layer: MoeLayer, top_k: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The converted layer, computed densely with the unchosen neurons masked."""
-    down = layer.down.to(dense.mlp.down_proj.weight.dtype)
-
-    def block(hidden: torch.Tensor) -> torch.Tensor:
-        normed = dense.post_attention_layernorm(hidden)
-        gate = gates(normed, layer.router, top_k)[..., layer.assignment]
-        return functional.linear(_activations(dense, normed) * gate.to(normed.dtype), down)
-
-    return block

@@ -68,8 +68,15 @@ class Stream:
         self.prefix, self.tails = self.prefix + out, self.tails + tails_out
 
     def feed_forward(self, block: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Add a feed-forward block (with its norm): [rows, tokens, hidden] to the same."""
-        self.prefix, self.tails = self.prefix + block(self.prefix), self.tails + block(self.tails)
+        """Add a feed-forward block (with its norm): [N, hidden] to the same, in the order of `tokens`."""
+        self.add(block(self.tokens()))
+
+    def add(self, output: torch.Tensor) -> None:
+        """Add what a block made of `tokens`: [N, hidden]. Padding stays as it was: nothing reads it."""
+        before = self.batch.prefix_tokens
+        self.prefix = self.prefix + output[:before]
+        self.tails = self.tails.clone()
+        self.tails[self.batch.valid] += output[before:]
 
     def tokens(self) -> torch.Tensor:
         """Every real token once, the prefix first: [N, hidden]."""

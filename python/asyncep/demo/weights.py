@@ -72,8 +72,7 @@ def load_tokenizer() -> PreTrainedTokenizerBase:
 def working_dtype() -> torch.dtype:
     """In what this machine's CPU computes these models well: bf16, as they are stored, or fp32.
 
-    Without instructions for it torch computes bf16 slowly, and so much less exactly that a model converted with it
-    strays further from the dense one than `test_sparse.py` tolerates.
+    Without instructions for it torch computes bf16 slowly.
     """
     from asyncep_kernels.native import isa
 

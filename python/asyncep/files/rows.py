@@ -185,13 +185,28 @@ class RowSource:
                 missing = [(argument, name) for argument, name in missing if name not in fields]
                 if not missing:
                     return
-        # Without a single object every line is an error already, with a better reason.
+        if seen is None and isinstance(records, JsonLines) and (reason := self._no_object(records)):
+            raise InputError(
+                f"{self.path}: not one line is a JSON object ({reason}); is it of another kind? Give "
+                f"{self.words.input_format}"
+            )
         if seen is not None:
             argument, name = missing[0]
             raise InputError(
                 f"{self.path}: no line has a field {name!r}; the first has {', '.join(seen) or 'none'}. "
                 f"Name it with {argument}"
             )
+
+    def _no_object(self, records: Records) -> str | None:
+        """What is wrong with the first of the lines, none of which is an object; None if there is none, or if some are
+        in another encoding: they may well be objects."""
+        first = None
+        for record in records.raw():
+            wrong = records.fields(record)
+            if "UTF-8" in wrong:
+                return None
+            first = first or f"line {record[0]}: {wrong}"
+        return first
 
     def _row(self, number: int, line: int, fields: dict[str, Any] | str) -> Row:
         if isinstance(fields, str):

@@ -7,14 +7,14 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from asyncep.files.kinds import FileFormat
 from asyncep.jobs.estimate import flops_in_words
 from asyncep.jobs.spec import JobResult
+from asyncep.tasks.label_mass import little_mass
 from asyncep.tasks.summary import BINS, Summary
 
 _TEMPLATE = "report.html.j2"
 _MOST_LABELS_DRAWN = 40
-# Below it the model would mostly write something else than a label.
-LITTLE_MASS = 0.01
 
 
 def figures_of(result: JobResult, peak: float | None = None) -> dict[str, Any]:
@@ -87,11 +87,8 @@ def text_report(result: JobResult, peak: float | None = None) -> list[str]:
 def warnings_of(result: JobResult) -> list[str]:
     """What a person should know before the labels are used."""
     summary, lines = result.summary, []
-    if summary.mean_mass is not None and summary.mean_mass < LITTLE_MASS:
-        lines.append(
-            f"the model gives the labels {summary.mean_mass:.2g} of the probability: it would mostly write something "
-            "else. Let the prompt end where a label follows, and name labels as the model would write them"
-        )
+    if (words := little_mass(summary.mean_mass)) is not None:
+        lines.append(words)
     if summary.outside:
         most = ", ".join(f"{name!r} ({count:,})" for name, count in summary.outside.most_common(3))
         lines.append(
@@ -108,12 +105,12 @@ def settings_in_words(settings: Mapping[str, Any]) -> dict[str, str]:
     chat, system = settings["chat"]
     other, below = settings["other"]
     first, count = settings["shard"]
-    options = {name: value for name, value in settings["read as"].items() if value not in (None, '"', True)}
+    options = ", ".join(_reading_in_words(settings["read as"]))
     calibration = settings["calibration"]
     from_file = len(calibration) == 3 and isinstance(calibration[1], int)
     words = {
         "model": settings["model"],
-        "input": settings["input"][0] + (f" ({options})" if options else ""),
+        "input": settings["input"][0] + (f", {options}" if options else ""),
         "text": text,
         "true label": gold,
         "kept fields": ", ".join(keep),
@@ -134,6 +131,20 @@ def settings_in_words(settings: Mapping[str, Any]) -> dict[str, str]:
         "output": settings["format"],
     }
     return {name: value for name, value in words.items() if value}
+
+
+def _reading_in_words(read_as: Mapping[str, Any]) -> Iterator[str]:
+    """What was said of how the input is read, beyond its name."""
+    if form := read_as.get("format"):
+        yield f"read as {FileFormat(**form)}"
+    if encoding := read_as.get("encoding"):
+        yield f"in {encoding}"
+    if delimiter := read_as.get("delimiter"):
+        yield f"fields divided by {delimiter!r}"
+    if (quote := read_as.get("quote", '"')) != '"':
+        yield f"quoted by {quote}" if quote else "without quotes"
+    if not read_as.get("header", True):
+        yield "without a line of names"
 
 
 def html_report(result: JobResult, peak: float | None = None) -> str:

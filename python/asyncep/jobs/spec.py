@@ -176,6 +176,11 @@ class JobResult:
     output: Path
     report: Path | None = None
 
+    def __repr__(self) -> str:
+        found = self.summary
+        right = "" if found.accuracy is None else f", accuracy {found.accuracy:.3f}"
+        return f"<JobResult: {found.rows:,} rows, {found.errors:,} errors{right}; {self.output}>"
+
     def total(self, figure: str) -> float:
         """A figure added up over the runs."""
         return sum(run.get(figure, 0.0) for run in self.runs)

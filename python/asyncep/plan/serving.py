@@ -69,8 +69,17 @@ def start_of(option: Option, cluster: Cluster, model: str, config: Mapping[str, 
     flags = [f"--dp-size {group}", f"--asyncep-strategy {strategy}"]
     memory = option.deployment.memory
     on_gpu = cluster.device.name != "cpu-core"
-    if strategy == "asyncep" and on_gpu and memory and memory.host:
-        flags.append("--asyncep-transport pinned")
+    if strategy == "asyncep":
+        if on_gpu and memory and memory.host:
+            flags.append("--asyncep-transport pinned")
+    else:
+        # Where weights are gathered, the server measures how large a batch has to be.
+        flags.append(f"--asyncep-threshold-tokens {option.result.lane_tokens}")
+    if not option.deployment.limits.cache_tokens:
+        flags.append("--asyncep-kv-free")
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    if option.deployment.model.dtype == "bf16" and stored != "bfloat16":
+        flags.append("--dtype bfloat16")
     command = f"asyncep serve --model-path {model} {' '.join(flags)}"
     return Start(command, servers, tuple(_needs(option, cluster, config, group)))
 

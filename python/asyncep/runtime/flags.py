@@ -10,10 +10,17 @@ from asyncep.client.errors import OptionError
 from asyncep_router.errors import ConfigError
 from asyncep_router.keys import key_from
 
+_FLAG = re.compile(r"(?<![\w-])--(?!help\b)([a-z][a-z0-9-]*)")
+
 
 def without_password(url: str | None) -> str:
     """A URL without a password in it."""
     return re.sub(r"//[^/@]*@", "//", url or "")
+
+
+def in_python(message: str) -> str:
+    """Words about flags of ``asyncep serve``, as arguments of Python are written."""
+    return _FLAG.sub(lambda found: found[1].replace("-", "_"), message)
 
 
 def key_of(argument: str, given: str | None, variable: str) -> str | None:

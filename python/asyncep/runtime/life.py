@@ -13,11 +13,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from asyncep.client.address import server_url
-from asyncep.client.errors import ServerError
+from asyncep.client.errors import OptionError, ServerError
 from asyncep.client.scorer import Totals
-from asyncep.local_server import how_it_ended, local_server
-from asyncep.runtime.flags import flags_of, key_of, without_password
+from asyncep.local_server import StartError, how_it_ended, local_server
+from asyncep.runtime.flags import flags_of, in_python, key_of, without_password
 from asyncep.runtime.loop import LoopThread
+from asyncep.tasks.arguments import checked_types
 from asyncep.tasks.session import Session, open_session
 
 # Arguments with a key, and the variable that `asyncep serve` reads it from.
@@ -36,6 +37,11 @@ class Life:
         show_start: bool = True,
         **options: Any,
     ) -> None:
+        if not isinstance(model, str | os.PathLike):
+            raise OptionError(f"model: a checkpoint's folder or a hub name is needed, not {model!r}")
+        checked_types(dp_size=(dp_size, int), start_seconds=(start_seconds, float), show_start=(show_start, bool))
+        if dp_size < 1:
+            raise OptionError(f"dp_size: at least one rank is needed, not {dp_size}")
         self._model: str | None = str(model)
         self._show_start = show_start
         self._ranks = dp_size
@@ -45,6 +51,8 @@ class Life:
         self._environment = {variable: key for variable, key in keys.items() if key}
         self._flags = ["--dp-size", str(dp_size), *flags_of({"log_level": "warning", **options})]
         self._start_seconds = start_seconds
+        # A server of this process' own has the certificate that it was given here.
+        self._certificate: str | None = options.get("ssl_certfile")
         self._url: str | None = None
         self._api_key: str | None = keys["ASYNCEP_API_KEY"]
         self._stack: contextlib.ExitStack | None = None
@@ -90,20 +98,22 @@ class Life:
             if self._model is not None:
                 began = time.monotonic()
                 self._show(f"starting {self._model} with {self._ranks} rank(s) …")
-                self._url = stack.enter_context(
-                    local_server(
-                        self._model,
-                        self._flags,
-                        start_seconds=self._start_seconds,
-                        environment=self._environment,
-                        on_wait=lambda seconds, line: self._show(f"still starting after {seconds:.0f} s: {line}"),
-                        on_start=self._take,
-                    )
+                own = local_server(
+                    self._model,
+                    self._flags,
+                    start_seconds=self._start_seconds,
+                    environment=self._environment,
+                    on_wait=lambda seconds, line: self._show(f"still starting after {seconds:.0f} s: {line}"),
+                    on_start=self._take,
                 )
+                try:
+                    self._url = stack.enter_context(own)
+                except StartError as error:
+                    raise StartError(in_python(str(error))) from error
                 self._show(f"ready after {time.monotonic() - began:.0f} s at {self._url}")
             loop = LoopThread(self._explained)
             stack.callback(loop.stop)
-            opened = open_session(self._url or "", api_key=self._api_key)
+            opened = open_session(self._url or "", api_key=self._api_key, certificate=self._certificate)
             self._session = loop.run(opened.__aenter__())
             stack.callback(lambda: loop.run(opened.__aexit__(None, None, None)))
             self._loop = loop

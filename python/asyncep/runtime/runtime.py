@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, overload
 
 from typing_extensions import Unpack
 
 from asyncep.client.errors import OptionError
-from asyncep.client.tokens import Untokenized
 from asyncep.files.kinds import FileFormat, ReadOptions
 from asyncep.files.rows import RowSource
 from asyncep.files.wording import PYTHON
+from asyncep.jobs.estimate import Estimate
 from asyncep.jobs.run import OnProgress, run_job
 from asyncep.jobs.spec import JobResult, JobSpec
 from asyncep.runtime.life import Life
 from asyncep.runtime.windows import in_order
-from asyncep.tasks.arguments import FileOptions, LabelsGiven, as_declared, task_options
+from asyncep.tasks.arguments import FileOptions, LabelsGiven, as_declared, path_of, task_options
 from asyncep.tasks.frames import is_array, is_frame, listed, tabular
+from asyncep.tasks.label_mass import warn_of_mass
 from asyncep.tasks.results import Classification, Ranked, Score, TokenLogProbs
 from asyncep.tasks.session import RerankOptions, Session
 from asyncep.tasks.task import PromptOptions, TaskOptions
@@ -93,6 +94,9 @@ class Runtime(Life):
             ``error`` added (with `multi_label`, ``labels`` in place of the first two). A text that cannot be classified
             has an error in place of its label; the others are not affected.
 
+        Warns:
+            LabelMassWarning: the model gives the labels under 1 % of the probability.
+
         Raises:
             OptionError: an argument that cannot be used, named.
             ServerError: the server failed.
@@ -110,9 +114,9 @@ class Runtime(Life):
         table = tabular(texts, text)
         if table is not None:
             table.check(wanted)
-            return table.with_results(loop.run(session.classify_as(table.texts, wanted)), wanted)
+            return table.with_results(_judged(loop.run(session.classify_as(table.texts, wanted))), wanted)
         if isinstance(texts, Sequence | Set) or is_array(texts) or not isinstance(texts, Iterable):
-            return loop.run(session.classify_as(_strings(texts), wanted))
+            return _judged(loop.run(session.classify_as(_strings(texts), wanted)))
         return loop.iterate(_stream(session, texts, wanted))
 
     @overload
@@ -142,8 +146,9 @@ class Runtime(Life):
         table = tabular(texts, text)
         if table is not None:
             table.check(wanted)
-            return table.with_results(await loop.start(session.classify_as(table.texts, wanted)), wanted)
-        return await loop.start(session.classify_as(_strings(texts), wanted))
+            found = _judged(await loop.start(session.classify_as(table.texts, wanted)))
+            return table.with_results(found, wanted)
+        return _judged(await loop.start(session.classify_as(_strings(texts), wanted)))
 
     def astream(
         self, texts: Iterable[str] | AsyncIterable[str], labels: LabelsGiven, **options: Unpack[PromptOptions]
@@ -185,6 +190,7 @@ class Runtime(Life):
         delimiter: str | None = None,
         quote: str = '"',
         header: bool = True,
+        on_begin: Callable[[Estimate], None] | None = None,
         on_progress: OnProgress | None = None,
         **options: Unpack[PromptOptions],
     ) -> JobResult:
@@ -206,6 +212,7 @@ class Runtime(Life):
             encoding: of a file of text; by default UTF-8, or what a byte-order mark says.
             delimiter, quote, header: of CSV and TSV. The delimiter is found by the columns; without a header the
                 columns are called 1, 2, …
+            on_begin: told what the job will cost, before it begins; from another thread.
             on_progress: told now and then, from another thread.
             **options: those of `classify`.
 
@@ -224,23 +231,28 @@ class Runtime(Life):
             (2, 0)
         """
         session, loop = self._need()
-        given = {"text": text, "gold": gold, "keep": keep, "restart": restart, "overwrite": overwrite}
-        given |= {"input_format": input_format, "output_format": output_format}
+        given: dict[str, Any] = {"text": text, "gold": gold, "keep": keep, "restart": restart, "overwrite": overwrite}
+        given |= {"limit": limit, "shard": shard, "input_format": input_format, "output_format": output_format}
         given |= {"encoding": encoding, "delimiter": delimiter, "quote": quote, "header": header}
         as_declared(given, FileOptions)
         known = None if input_format is None else FileFormat.named(input_format, PYTHON.input_format)
         reading = ReadOptions(known, encoding, delimiter, quote, header)
         spec = JobSpec(
-            RowSource(Path(source), text, gold, tuple(keep), limit, shard, reading, words=PYTHON),
-            Path(output),
+            RowSource(path_of("source", source), text, gold, tuple(keep), limit, shard, reading, words=PYTHON),
+            path_of("output", output),
             task_options(labels, options),
             restart=restart,
             overwrite=overwrite,
-            report=None if report is None else Path(report),
+            report=None if report is None else path_of("report", report),
             reads=(("labels", labels),) if isinstance(labels, Path) else (),
             form=None if output_format is None else FileFormat.named(output_format, PYTHON.output_format),
         )
-        return loop.run(run_job(spec, session, on_progress=on_progress))
+        for name, told in (("on_begin", on_begin), ("on_progress", on_progress)):
+            if told is not None and not callable(told):
+                raise OptionError(f"{name}: a function is needed, not {type(told).__name__}")
+        result = loop.run(run_job(spec, session, on_progress=on_progress, on_begin=on_begin))
+        warn_of_mass(result.summary.mean_mass, 2)
+        return result
 
     # Scores
 
@@ -374,18 +386,14 @@ class Runtime(Life):
         """Token ids of each text as the model reads it, without special tokens.
 
         Raises:
-            OptionError: the server refuses a text, as too long.
+            OptionError: one is no text, or the server refuses it, as too long; names it.
 
         Example:
             >>> len(runtime.tokenize(["one text", "another"]))
             2
         """
         session, loop = self._need()
-        found = loop.run(session.tokens.encode(listed("texts", texts), special=False))
-        for number, ids in enumerate(found):
-            if isinstance(ids, Untokenized):
-                raise OptionError(f"texts: number {number}: {ids.reason}")
-        return found
+        return loop.run(session.tokenize(texts))
 
 
 async def _stream(
@@ -394,11 +402,18 @@ async def _stream(
     task = await session.prepare(options)
 
     async def work(window: list[str]) -> list[Classification]:
-        return await session.classify(window, task)
+        return _judged(await session.classify(window, task))
 
     async with contextlib.aclosing(in_order(texts, work)) as results:
         async for result in results:
             yield result
+
+
+def _judged(results: list[Classification]) -> list[Classification]:
+    """The same, after a warning where the model would mostly write something else than a label."""
+    masses = [result.label_mass for result in results if result.label_mass is not None]
+    warn_of_mass(sum(masses) / len(masses) if masses else None, 3)
+    return results
 
 
 def _strings(texts: Any) -> Sequence[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ _NEEDED = {
     "float": "a number",
     "null": "None",
 }
+HALF = "half of a surrogate pair, which is no character; is its encoding right?"
 _PLACE = re.compile(r"(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<where>.*)`)?")
 _EXPECTED = re.compile(r"Expected `([^`]+)`(.*?), got `?([^`]+)`?")
 
@@ -36,6 +38,8 @@ class FileOptions(TypedDict):
     text: str
     gold: str | None
     keep: Sequence[str]
+    limit: int | None
+    shard: tuple[int, int]
     restart: bool
     overwrite: bool
     input_format: str | None
@@ -96,6 +100,51 @@ def as_declared(values: Mapping[str, Any], kind: type[_Declared]) -> _Declared:
     # An object that is no plain data, or has no end.
     except (TypeError, ValueError, AttributeError, RecursionError) as error:
         raise OptionError(f"{_odd_one(values)}: {error}") from None
+
+
+def checked_types(**given: tuple[Any, Any]) -> None:
+    """Refuses arguments of other types than they should have.
+
+    Args:
+        **given: by the argument's name, its value and its type.
+
+    Raises:
+        OptionError: names the argument.
+    """
+    for name, (value, kind) in given.items():
+        as_declared({name: value}, msgspec.defstruct("Given", [(name, kind)]))
+
+
+def checked_text(argument: str, value: Any) -> None:
+    """Refuses what is no text.
+
+    Raises:
+        OptionError: names the argument.
+    """
+    if not isinstance(value, str):
+        raise OptionError(f"{argument}: a string is needed, not {type(value).__name__}")
+    if is_broken(value):
+        raise OptionError(f"{argument}: {HALF}")
+
+
+def is_broken(text: str) -> bool:
+    """Whether a text has half of a surrogate pair in it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def path_of(argument: str, given: Any) -> Path:
+    """A path as callers write one.
+
+    Raises:
+        OptionError: it is none; names the argument.
+    """
+    if not isinstance(given, str | os.PathLike) or isinstance(os.fspath(given), bytes) or not os.fspath(given):
+        raise OptionError(f"{argument}: a path is needed, not {given!r}")
+    return Path(given)
 
 
 def _labels(given: Any) -> Labels:

@@ -64,6 +64,11 @@ def tabular(data: Any, column: str) -> Tabular | None:
     if isinstance(data, Mapping):
         return _mapping(data, column)
     if library is None:
+        if is_frame(data) and not isinstance(data, type):
+            raise OptionError(
+                f"texts: a {kind} of {type(data).__module__.split('.')[0]} is not taken; give one of its columns as a "
+                "list, or a frame of pandas, polars or Arrow"
+            )
         return None
     if kind == "LazyFrame":
         frame = data.collect()

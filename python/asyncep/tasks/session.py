@@ -9,7 +9,7 @@ import operator
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import SupportsIndex, TypedDict
+from typing import Any, SupportsIndex, TypedDict
 
 from typing_extensions import Unpack
 
@@ -20,9 +20,9 @@ from asyncep.client.lanes import OnBatch
 from asyncep.client.probes import Answerer
 from asyncep.client.scorer import Scorer
 from asyncep.client.server_facts import ServerFacts, ask_server
-from asyncep.client.tokens import TextTokens, chat_surroundings, tokens_for
-from asyncep.tasks.arguments import as_declared, refuse_unknown
-from asyncep.tasks.frames import listed
+from asyncep.client.tokens import TextTokens, Untokenized, chat_surroundings, tokens_for
+from asyncep.tasks.arguments import HALF, as_declared, checked_text, checked_types, is_broken, refuse_unknown
+from asyncep.tasks.frames import is_array, listed
 from asyncep.tasks.prompts import prompts_of
 from asyncep.tasks.results import Classification, Ranked, Score, TokenLogProbs
 from asyncep.tasks.scoring import offsets_of
@@ -182,7 +182,7 @@ class Session:
 
     async def logprobs(self, prompts: Sequence[str | Sequence[int]], token_ids: Sequence[int]) -> list[TokenLogProbs]:
         """See `Runtime.logprobs`."""
-        prompts = listed("prompts", prompts)
+        prompts = [_plain(prompt) for prompt in listed("prompts", prompts)]
         found = await self._score_tokens(prompts, token_ids, "token_ids")
         return [TokenLogProbs((), s) if isinstance(s, str) else TokenLogProbs(s.scores) for s in found]
 
@@ -196,7 +196,11 @@ class Session:
         item_first: bool = False,
     ) -> list[Score]:
         """See `Runtime.score`."""
-        prompts = [_joined(query, item, item_first) for item in listed("items", items)]
+        checked_types(apply_softmax=(apply_softmax, bool), item_first=(item_first, bool))
+        query = _plain(query)
+        if (wrong := _unusable_prompt(query)) is not None:
+            raise OptionError(f"query: {wrong}")
+        prompts = [_joined(query, _plain(item), item_first) for item in listed("items", items)]
         found = await self._score_tokens(prompts, label_token_ids, "label_token_ids")
         return [_score(scores, apply_softmax) for scores in found]
 
@@ -204,10 +208,14 @@ class Session:
         """See `Runtime.rerank`."""
         refuse_unknown(options, RerankOptions)
         options = as_declared(options, RerankOptions)
+        checked_text("query", query)
         template, chat = options.get("template", RERANK_TEMPLATE), options.get("chat", False)
         answers, top_n = options.get("answers", ("yes", "no")), options.get("top_n")
+        checked_text("template", template)
         if template.count("{document}") != 1 or "{query}" not in template:
             raise OptionError("template: {document} is needed once and {query} at least once")
+        if top_n is not None and top_n < 0:
+            raise OptionError(f"top_n: a whole number from 0 on is needed, not {top_n}")
         if len(set(answers)) != 2:
             raise OptionError(f"answers: two different ones are needed, not {answers!r}")
         head, tail = template.split("{document}")
@@ -219,7 +227,10 @@ class Session:
                 raise OptionError("chat: needs a server, which has the model's chat template")
             plain = plain.in_chat(*await chat_surroundings(self.client, plain.before, plain.after, None))
         asked = TaskOptions(answers, "{text}")
-        asked.check()
+        try:
+            asked.check()
+        except OptionError as error:
+            raise OptionError(str(error).replace("labels:", "answers:", 1)) from None
         task = Task(asked, (plain,), await self._label_set(asked, plain), special=not chat)
         documents = listed("documents", documents)
         found = await self.classify(documents, task)
@@ -230,6 +241,17 @@ class Session:
         ranked.sort(key=lambda entry: (entry.score is None, -(entry.score or 0.0), entry.index))
         return ranked[:top_n]
 
+    async def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `Runtime.tokenize`."""
+        texts = listed("texts", texts)
+        for number, text in enumerate(texts):
+            checked_text(f"texts[{number}]", text)
+        found = await self.tokens.encode(texts, special=False)
+        for number, ids in enumerate(found):
+            if isinstance(ids, Untokenized):
+                raise OptionError(f"texts[{number}]: {ids.reason}")
+        return found
+
     async def _score_tokens(
         self, prompts: Sequence[str | Sequence[int]], token_ids: Sequence[int], argument: str
     ) -> list[LabelScores | str]:
@@ -238,26 +260,41 @@ class Session:
         with self.scorer.coming(len(prompts)):
             ids = await self._ids(prompts)
         found = await self.scorer.score(ids, tokens)
-        reasons = [reason for reason in found if isinstance(reason, str)]
-        if reasons and len(reasons) == len(found) and all(_OF_TOKENS in reason for reason in reasons):
-            raise OptionError(f"{argument}: {reasons[0]}")
+        for reason in found:
+            if isinstance(reason, str) and _OF_TOKENS in reason:
+                raise OptionError(f"{argument}: {reason}")
         return found
 
     async def _ids(self, prompts: Sequence[str | Sequence[int]]) -> list[Sequence[int]]:
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        encoded = iter(await self.tokens.encode(texts))
-        return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
+        """Each prompt's tokens; `Untokenized` for one that has none."""
+        found: list[Sequence[int]] = []
+        for prompt in prompts:
+            wrong = _unusable_prompt(prompt)
+            found.append(Untokenized(wrong) if wrong is not None else () if isinstance(prompt, str) else prompt)
+        texts = [
+            number for number, prompt in enumerate(prompts) if isinstance(prompt, str) and not _refused(found[number])
+        ]
+        encoded = await self.tokens.encode([str(prompts[number]) for number in texts])
+        for number, ids in zip(texts, encoded, strict=True):
+            found[number] = ids
+        return found
 
 
 @contextlib.asynccontextmanager
-async def open_session(url: str, *, api_key: str | None = None, in_flight: int = 2) -> AsyncIterator[Session]:
+async def open_session(
+    url: str, *, api_key: str | None = None, certificate: str | None = None, in_flight: int = 2
+) -> AsyncIterator[Session]:
     """A session with the server at `url`.
+
+    Args:
+        api_key, certificate: see `GenerateClient`.
+        in_flight: batches on the way to each rank.
 
     Raises:
         OptionError: the URL is none.
         ServerError: no server there, or none of SGLang's kind.
     """
-    async with GenerateClient(url, api_key=api_key) as client:
+    async with GenerateClient(url, api_key=api_key, certificate=certificate) as client:
         facts = await ask_server(client)
         tokens = await tokens_for(client, facts.tokenizer)
         behind = Behind(client) if facts.priorities else None
@@ -272,21 +309,34 @@ async def session_with(answerer: Answerer, tokens: TextTokens, facts: ServerFact
         yield Session(scorer, tokens, None)
 
 
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _unusable(text: object) -> str:
     """Why a text cannot be scored; empty if it can."""
     if not isinstance(text, str):
         return f"a string is needed, not {type(text).__name__}"
     if not text.strip():
         return "the text is empty"
-    return "" if _encodable(text) else "the text has half of a surrogate pair, which is no character"
+    return f"the text has {HALF}" if is_broken(text) else ""
+
+
+def _unusable_prompt(prompt: object) -> str | None:
+    """Why a prompt of text or token ids cannot be scored."""
+    if isinstance(prompt, str):
+        return f"the text has {HALF}" if is_broken(prompt) else None
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        return f"a string or a list of token ids is needed, not {type(prompt).__name__}"
+    for token in prompt:
+        if isinstance(token, bool) or not isinstance(token, SupportsIndex):
+            return f"a list of token ids is needed; {token!r} is no whole number"
+    return None
+
+
+def _plain(prompt: Any) -> Any:
+    """An array of token ids as a list."""
+    return prompt.tolist() if is_array(prompt) else prompt
+
+
+def _refused(ids: object) -> bool:
+    return isinstance(ids, Untokenized)
 
 
 def _joined(query: str | Sequence[int], item: str | Sequence[int], item_first: bool) -> str | Sequence[int]:
@@ -294,6 +344,9 @@ def _joined(query: str | Sequence[int], item: str | Sequence[int], item_first: b
         return item + query if item_first else query + item
     if isinstance(query, str) or isinstance(item, str):
         raise OptionError("query, items: give both as text or both as token ids")
+    # What is no list of tokens is told by its type.
+    if _unusable_prompt(item) is not None:
+        return item
     return [*item, *query] if item_first else [*query, *item]
 
 

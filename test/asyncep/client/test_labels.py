@@ -44,3 +44,12 @@ def test_labels_that_cannot_be_told_apart(labels: list[list[int]]) -> None:
 def test_unknown_length_handling() -> None:
     with pytest.raises(OptionError, match="length='median': use 'sum' or 'mean'"):
         LabelSet([[1]], length="median")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [5, 50, 1000])
+def test_labels_cost_a_pass_for_each_beginning(count: int) -> None:
+    """However many labels begin alike, and whatever their last token is."""
+    stems = [[stem] for stem in range(5)]
+    labels = LabelSet([[*stems[number % 5], 100 + number] for number in range(count)])
+    assert labels.passes == 1 + 5
+    assert LabelSet([[number] for number in range(count)]).passes == 1

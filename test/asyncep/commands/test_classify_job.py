@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from asyncep_sgl.process.ports import free_port
@@ -226,6 +227,9 @@ def test_the_model_is_looked_at_before_anything_is_started(tmp_path: Path) -> No
         (["--labels", "a,b", "--delimiter", ";"], "--delimiter: only for CSV and TSV"),
         (["--labels", "a,b", "--input-format", "xml"], "--input-format 'xml': give one of jsonl, json"),
         (["--labels", "a,b", "--output-format", "doc"], "--output-format 'doc'"),
+        (["--labels", 'a,"b'], "--labels: "),
+        (["--labels", "a,a"], "--labels: at least two different"),
+        (["--labels", "a,b", "--system", "x"], "--system: only a chat has a system message; give --chat too"),
     ],
 )
 def test_flags_that_cannot_be_used(tmp_path: Path, arguments: list[str], words: str) -> None:
@@ -234,3 +238,69 @@ def test_flags_that_cannot_be_used(tmp_path: Path, arguments: list[str], words: 
     assert done.returncode == 2
     assert words in done.stderr.decode()
     assert len(done.stderr.decode().strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("out.xlsx", "out.xlsx: give a .jsonl, .json, .csv"),
+        ("gone/out.jsonl", "OUT gone/out.jsonl: there is no folder gone; make it"),
+        ("in.jsonl/out.jsonl", "in.jsonl"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_found_before_a_server_is_started(
+    tmp_path: Path, output: str, words: str
+) -> None:
+    (tmp_path / "in.jsonl").write_bytes(lines(1))
+    done = run("in.jsonl", output, "--labels", "a,b", "--model-path", "some/model", cwd=tmp_path)
+    assert done.returncode == 2
+    assert words in done.stderr.decode()
+    assert b"starting" not in done.stderr
+    assert left(tmp_path) == ["in.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--chat"], "--chat: the model cannot be used with a chat template"),
+        (["--calibrate", "x" * 50_000], "--calibrate: a neutral text cannot be scored"),
+    ],
+)
+def test_what_only_the_server_knows_is_said_of_the_flag(url: str, tmp_path: Path, flags: list[str], words: str) -> None:
+    (tmp_path / "in.jsonl").write_bytes(lines(1))
+    done = run("in.jsonl", "out.jsonl", "--labels", "a,b", "--url", url, *flags, cwd=tmp_path)
+    assert done.returncode == 2
+    assert words in done.stderr.decode()
+
+
+def test_rows_of_another_kind_in_a_pipe_are_refused(url: str) -> None:
+    done = run("-", "-", "--labels", "a,b", "--url", url, input=b"text,id\nhello,1\n")
+    assert done.returncode == 2
+    assert b"not one line is a JSON object (line 1: not JSON" in done.stderr
+    assert b"Give --input-format" in done.stderr
+
+
+def test_true_labels_that_are_none_of_the_labels_are_said(url: str, tmp_path: Path) -> None:
+    rows = [{"text": f"text {i}", "gold": gold} for i, gold in enumerate(["a", "b", "c", "c", "d"])]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run("in.jsonl", "out.jsonl", "--labels", "a,b", "--gold-field", "gold", "--url", url, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "3 true labels are none of the labels, and count as wrong: 'c' (2), 'd' (1)" in done.stdout.decode()
+    assert json.loads(done.stdout.splitlines()[-1])["gold_outside_labels"] == 3
+
+
+def test_a_start_that_is_stopped_leaves_nothing(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(lines(3))
+    words = command("in.jsonl", "out.jsonl", "--labels", "a,b", "--model-path", str(tiny_model("qwen3_moe")))
+    with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        assert process.stderr is not None
+        assert b"starting 1 rank(s)" in process.stderr.readline()
+        while not (servers := psutil.Process(process.pid).children(recursive=True)):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 143
+        assert b"stopped; what is done is kept" in process.stderr.read()
+    _, alive = psutil.wait_procs(servers, timeout=30)
+    assert not alive
+    assert left(tmp_path) == ["in.jsonl"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import csv
 import fcntl
+import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,23 @@ import polars
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from toy_model import ByteTokens, ToyServer, toy_facts
 
+from asyncep.files.kinds import ReadOptions
 from asyncep.files.rows import InputError, RowSource
+from asyncep.jobs import progress as progress_module
+from asyncep.jobs.estimate import Estimate
 from asyncep.jobs.journal import JobError, digest_of, open_journal
 from asyncep.jobs.peak import measure_peak
-from asyncep.jobs.report import figures_of, text_report
+from asyncep.jobs.progress import figures, shown_progress
+from asyncep.jobs.report import figures_of, settings_in_words, text_report
 from asyncep.jobs.run import run_job
 from asyncep.jobs.spec import JobResult, JobSpec, Progress
+from asyncep.tasks.notable import Notable
+from asyncep.tasks.results import Classification
 from asyncep.tasks.session import session_with
+from asyncep.tasks.summary import Summary
 from asyncep.tasks.task import TaskOptions
 
 OPTIONS = TaskOptions(["yes", "no"], "Q: {text} A:")
@@ -90,6 +100,7 @@ def test_every_format_to_every_format(tmp_path: Path, kind_in: str, kind_out: st
     for record, expected in zip(records, read(reference), strict=True):
         assert record == expected
     assert (result.summary.rows, result.summary.errors) == (130, 3)
+    assert repr(result) == f"<JobResult: 130 rows, 3 errors, accuracy {result.summary.accuracy:.3f}; {output}>"
     assert [path.name for path in tmp_path.iterdir() if ".job" in path.name or ".tmp" in path.name] == []
 
 
@@ -246,6 +257,159 @@ def test_a_job_that_cuts_goes_on_only_where_it_would_cut_the_same(tmp_path: Path
     assert spec.settings("m", 5) == spec.settings("m", 6)
     cutting = replace(spec, options=replace(OPTIONS, truncate="tail"))
     assert cutting.settings("m", 5) != cutting.settings("m", 6)
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".parquet"])
+def test_what_was_cut_is_in_the_output_also_of_a_job_that_goes_on(tmp_path: Path, kind: str) -> None:
+    """The second run takes the first one's answers from the journal."""
+    lengths = [10, 5000, 10, 4500, 10, 6000]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"text": "x" * length}) + "\n" for length in lengths))
+    options = TaskOptions(["yes", "no"], "Q: {text} A:", truncate="tail")
+    spec = JobSpec(RowSource(source), tmp_path / f"out{kind}", options, part_rows=2)
+
+    def stop(progress: Progress) -> None:
+        if progress.rows >= 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        do(spec, on_progress=stop)
+    result = do(spec)
+    assert len(result.runs) == 2
+    cut = [int(record.get("cut_characters") or 0) for record in read(spec.output)]
+    assert [bool(count) for count in cut] == [length > 4000 for length in lengths]
+
+    async def whole() -> list[int]:
+        async with session_with(ToyServer(), ByteTokens(), toy_facts()) as session:
+            found = await session.classify(["x" * length for length in lengths], await session.prepare(options))
+            return [answer.cut_characters for answer in found]
+
+    assert cut == asyncio.run(whole())
+    assert result.summary.cut == 3
+    assert "3 rows were too long and were cut" in text_report(result)
+
+
+def test_little_probability_of_the_labels_is_said(tmp_path: Path) -> None:
+    """The toy knows 256 tokens: a label of four letters has next to nothing, one of a letter some."""
+    source = write(table(20), tmp_path / "in.jsonl")
+    for labels, little in ((["yes", "no"], True), ([chr(code) for code in range(97, 123)], False)):
+        result = do(JobSpec(RowSource(source), tmp_path / "o.jsonl", TaskOptions(labels, "{text}\n"), overwrite=True))
+        assert any("of the probability" in line for line in text_report(result)) is little
+        assert (result.summary.mean_mass or 0) < 0.01 or not little
+
+
+@pytest.mark.parametrize(("flops", "shown"), [(5e11, "MFU 50.0%"), (1e12, "MFU 100.0%"), (1.01e12, None), (0.0, None)])
+def test_no_mfu_above_all_of_the_peak(tmp_path: Path, flops: float, shown: str | None) -> None:
+    peak = 1e12
+    said = figures(Progress(rows=10, seconds=2.0, flops_per_second=flops), peak)
+    assert [words for words in said if words.startswith("MFU")] == ([shown] if shown else [])
+    summary = Summary(["a", "b"])
+    summary.rows = 10
+    run = {"seconds": 2.0, "rows": 10, "tokens": 5, "flops": flops * 2, "full_flops": flops * 4}
+    result = JobResult(summary, [run], {}, tmp_path / "o")
+    text = "\n".join(text_report(result, peak))
+    assert ("MFU" in text) == bool(flops)
+    assert (shown or "no MFU: the job was faster than the peak of 1 TFLOP/s") in text or not flops
+    assert ("mfu" in figures_of(result, peak)) == bool(shown)
+
+
+def test_progress_comes_as_lines_while_a_job_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_module, "_LINE_SECONDS", 0.0)
+    out = io.StringIO()
+    with shown_progress(Console(file=out), lambda: 30, None) as shown:
+        for rows in (10, 20):
+            shown.tell(Progress(rows=rows, seconds=1.0))
+        before = out.getvalue().splitlines()
+    assert len(before) == 2
+    assert before[1].startswith("classifying: 20 ")
+    assert len(out.getvalue().splitlines()) == 3
+
+
+def test_settings_in_words(tmp_path: Path) -> None:
+    """No brackets of Python's, nothing that decides nothing."""
+    source = tmp_path / "in.csv"
+    source.write_bytes("body;kind\ncafé;yes\n".encode("cp1252"))
+    reading = ReadOptions(encoding="cp1252", delimiter=";", quote="")
+    options = replace(OPTIONS, truncate="head", other_below=0.5, other="none", words={"yes": ["yes", "sure"]})
+    spec = JobSpec(RowSource(source, "body", "kind", ("kind",), 5, options=reading), tmp_path / "o.jsonl", options)
+    words = settings_in_words(spec.settings("m", 9))
+    assert words == {
+        "model": "m",
+        "input": f"{source}, in cp1252, fields divided by ';', without quotes",
+        "text": "body",
+        "true label": "kind",
+        "kept fields": "kind",
+        "rows": "the first 5",
+        "labels": "yes, no",
+        "words of labels": "yes: yes, sure",
+        "no label is sure": "below 0.5: none",
+        "prompt": "Q: {text} A:",
+        "texts that are too long": "their head is cut",
+        "output": words["output"],
+    }
+    plain = settings_in_words(JobSpec(RowSource(source), tmp_path / "o.csv", OPTIONS).settings("m", 9))
+    assert plain["input"] == str(source)
+    for name in ("words of labels", "no label is sure", "texts that are too long", "rows", "true label"):
+        assert name not in plain
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 99), st.sampled_from(["a", "b", None]), st.booleans()), max_size=90),
+    st.lists(st.integers(1, 40), max_size=4),
+)
+def test_notable_rows_are_the_first_twenty_of_each_kind(rows: list[Any], cuts: list[int]) -> None:
+    """However the rows are divided into parts, and whatever order the parts are added in."""
+    whole, parts, part = Notable(), [], Notable()
+    for number, (percent, label, wrong) in enumerate(rows):
+        answer = Classification(label, {label: percent / 100}) if label else Classification(None, error=f"e{number}")
+        for book in (whole, part):
+            book.add(number, f"text {number}", "gold", answer, wrong=wrong)
+        if number in cuts:
+            parts.append(part)
+            part = Notable()
+    merged = Notable()
+    for other in reversed([*parts, part]):
+        merged.merge(Notable.from_json(json.loads(json.dumps(other.as_json()))))
+    assert merged == whole
+    labelled = [(percent, number, wrong) for number, (percent, label, wrong) in enumerate(rows) if label]
+    failed = [number for number, (_, label, _) in enumerate(rows) if not label]
+    assert [entry.row for entry in whole.errors] == failed[:20]
+    assert [entry.row for entry in whole.uncertain] == [n for _, n, _ in sorted(labelled)][:20]
+    surest = sorted((-percent, number) for percent, number, wrong in labelled if wrong)
+    assert [entry.row for entry in whole.wrong] == [number for _, number in surest][:20]
+
+
+def test_the_report_lists_the_rows_worth_a_look(tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    source = RowSource(write(table(60), tmp_path / "in.jsonl"), gold_field="gold")
+    result = do(JobSpec(source, tmp_path / "out.jsonl", OPTIONS, report=page))
+    text = page.read_text()
+    headings = ["first rows with errors", "least certain", "most confidently wrong"]
+    places = [text.lower().index(heading) for heading in headings]
+    assert sorted(places) == places
+    found = result.summary.notable
+    for rows, begin, end in zip(
+        (found.errors, found.uncertain, found.wrong), places, [*places[1:], len(text)], strict=True
+    ):
+        for entry in rows:
+            assert re.search(rf">\s*{entry.row}\s*<", text[begin:end])
+
+
+def test_what_a_job_will_cost(tmp_path: Path) -> None:
+    """Passes and tokens by the rows themselves: here a token costs one."""
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"text": "x" * (10 + i % 2 * 10)}) + "\n" for i in range(40)))
+    told: list[Estimate] = []
+    for labels, passes in ((["a", "b"], 2), (["aa", "ab", "ba", "bb"], 3), (["q"], 1)):
+        options = TaskOptions(labels, "{text}:" if len(labels) > 1 else "{text} {label}?", multi_label=len(labels) == 1)
+        do(JobSpec(RowSource(source), tmp_path / "o.jsonl", options, overwrite=True), on_begin=told.append)
+        estimate = told[-1]
+        assert (estimate.rows, estimate.prompts) == (40, 1)
+        assert estimate.passes >= passes or len(labels) == 1
+        assert f"{estimate.rows:,} rows, prompts of about" in estimate.in_words()
+    # 16 bytes on average, of which all share two pages of 4; behind them a space, or twice a space and a letter.
+    assert [estimate.tokens for estimate in told[:2]] == [16, 16]
+    assert [estimate.cost for estimate in told[:2]] == [16 - 8 + 1, 16 - 8 + 2 + 2]
 
 
 def test_peak_of_this_host_is_measured() -> None:

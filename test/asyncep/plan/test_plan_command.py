@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +22,7 @@ from asyncep.sim import hardware
 from asyncep.sim.skew import ExpertSkew
 from asyncep.sim.steady import Profile
 from asyncep.sim.work import Model
+from asyncep_sgl.launcher.command_line import parse
 
 QWEN = ["--model", "qwen3-235b-a22b", "--gpus", "8xh100"]
 
@@ -261,7 +263,8 @@ def test_hub_names_as_the_hubs_client_has_them(tmp_path: Path) -> None:
 
 def test_how_to_start_it_and_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     start = planned(capsys, "--model", "qwen3-30b-a3b", "--gpus", "1xh100")["start"]
-    assert start["command"] == "asyncep serve --model-path Qwen/Qwen3-30B-A3B --dp-size 1 --asyncep-strategy replicated"
+    _, said = start["command"].split("asyncep serve --model-path Qwen/Qwen3-30B-A3B --dp-size 1 ")
+    assert said.startswith("--asyncep-strategy replicated --asyncep-threshold-tokens ")
     assert start["needs"] == ["nothing of asyncep serve has run on a GPU yet"]
     start = planned(capsys, "--model", "deepseek-v3", "--gpus", "16xh200", "--dtype", "fp8")["start"]
     assert [need.split(",")[0] for need in start["needs"]][:2] == [
@@ -272,6 +275,29 @@ def test_how_to_start_it_and_what_is_missing(capsys: pytest.CaptureFixture[str])
     assert plan["start"]["command"].startswith("sglang serve --model-path Qwen/Qwen3-235B-A22B --pp-size")
     start = planned(capsys, "--model", "qwen3-147m", "--gpus", "1xcpu-core")["start"]
     assert start["needs"] == []
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--model", "qwen3-30b-a3b", "--gpus", "1xh100"],
+        ["--model", "qwen3-30b-a3b", "--gpus", "1xh100", "--workload", "512"],
+        ["--model", "qwen3-147m", "--gpus", "1xcpu-core"],
+        ["--model", "qwen3-235b-a22b", "--gpus", "1xh100", "--host-memory", "500"],
+        [*QWEN, "--dtype", "fp8"],
+    ],
+)
+def test_the_command_is_one_that_the_server_takes(capsys: pytest.CaptureFixture[str], flags: list[str]) -> None:
+    """With the batch and the cache that were planned."""
+    plan = planned(capsys, *flags)
+    program, command, *given = plan["start"]["command"].split()
+    assert (program, command) == ("asyncep", "serve")
+    options = parse(given)
+    choice = plan["choice"]
+    assert options.run.strategy == choice["strategy"]
+    assert options.run.kv_free == plan["kv_free"]
+    if choice["strategy"] == "replicated":
+        assert options.run.threshold_tokens == choice["batch_tokens"]
 
 
 def test_no_device_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
@@ -292,6 +318,23 @@ def test_a_million_rows(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ("a million rows: ", "device hours", "simulated, calibrated on nothing", "before that: ", "start: "):
         assert words in printed
     assert "at the price" not in printed
+
+
+def test_no_number_on_the_page_has_more_than_three_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*QWEN, "--dtype", "fp8", "--price", "2.5"]) == 0
+    printed = capsys.readouterr().out.replace("qwen3-235b-a22b", "").replace("Qwen3-235B-A22B", "")
+    printed = re.sub(r"start: .*", "", printed)
+    for number in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?", printed):
+        plain = number.replace(",", "").rstrip(".")
+        if "." in plain or int(plain or 0) % 1024:  # batches are powers of two
+            assert len(plain.replace(".", "").strip("0")) <= 3, (number, printed)
+
+
+def test_what_the_simulator_was_calibrated_on_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "runs.json"
+    file.write_text('{"machine": "h100"}')
+    assert main([*QWEN, "--calibration", str(file)]) == 0
+    assert f"simulated, calibrated on {file}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

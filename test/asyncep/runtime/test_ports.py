@@ -66,6 +66,38 @@ def test_a_port_that_is_taken(taken: int) -> None:
     assert not is_listening(free)
 
 
+def test_two_processes_are_not_given_the_same_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though neither listens yet. What a process was given is free again when it has ended."""
+    few = sorted(free_port() for _ in range(4))
+    for port in few:
+        ports._given.pop(port).close()
+    monkeypatch.setattr(ports, "_quiet_ports", lambda: few)
+    program = f"""
+import sys
+from asyncep_sgl.process import ports
+ports._quiet_ports = lambda: {few}
+print(ports.free_port(), ports.free_port(), flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        theirs = set(map(int, other.stdout.readline().split()))
+        mine = {free_port(), free_port()}
+        assert sorted(theirs | mine) == few
+        other.stdin.close()
+        assert other.wait(30) == 0
+    assert {free_port(), free_port()} == theirs
+
+
+def test_no_more_than_some_ports_are_held() -> None:
+    given = [free_port() for _ in range(100)]
+    assert len(set(given[-64:])) == 64
+    assert len(ports._given) == 64
+
+
 def test_a_connection_to_itself_is_no_listener() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -77,13 +109,13 @@ def test_a_connection_to_itself_is_no_listener() -> None:
 
 
 def test_a_runtime_does_not_start_on_a_port_of_somebody_elses(taken: int) -> None:
-    with pytest.raises(StartError, match=rf"--port {taken}: something else listens there; end it, or choose another"):
+    with pytest.raises(StartError, match=rf"^port {taken}: something else listens there; end it, or choose another"):
         Runtime("no such model", port=taken).start()
 
 
 @pytest.mark.parametrize("port", ["0", "70000", "http", "-1"])
 def test_what_is_no_port(port: str) -> None:
-    with pytest.raises(StartError, match=rf"--port {port}: a number from 1 to 65535"):
+    with pytest.raises(StartError, match=rf"^port {port}: a number from 1 to 65535"):
         Runtime("no such model", port=port).start()
 
 

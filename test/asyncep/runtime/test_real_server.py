@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import doctest
 import json
 import math
@@ -22,6 +23,10 @@ import psutil
 import public_api_program
 import pytest
 import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import asyncep
@@ -133,6 +138,54 @@ def test_score_logprobs_and_rerank(runtime: Runtime, oracle: Oracle) -> None:
     assert [entry.index for entry in ranked] == sorted(odds, key=lambda i: -odds[i])
     for entry in ranked:
         assert entry.score == pytest.approx(1 / (1 + math.exp(-odds[entry.index])), abs=TOLERANCE)
+
+
+def test_the_longest_prompt_is_the_one_that_is_stated(runtime: Runtime) -> None:
+    """What `/v1/models` says is accepted, and one token more is not, by the server itself."""
+    [card] = httpx.get(runtime.url + "/v1/models", timeout=30).json()["data"]
+    most = card["max_model_len"]
+    prefill = {"sampling_params": {"max_new_tokens": 0}}
+    for path, body, field in (
+        ("/generate", lambda ids: {"input_ids": ids, **prefill}, "input_ids"),
+        ("/v1/completions", lambda ids: {"model": "m", "prompt": ids, "max_tokens": 0, "echo": True}, "prompt"),
+    ):
+        fits, beyond = (httpx.post(runtime.url + path, json=body([5] * n), timeout=60) for n in (most, most + 1))
+        assert fits.status_code == 200, fits.text
+        assert beyond.status_code == 400
+        assert f"{field}: the prompt has {most + 1} tokens" in beyond.text
+        assert f"leaves room for {most}" in beyond.text
+    [short, long] = runtime.logprobs([[5] * most, [5] * (most + 1)], [6])
+    assert short.error is None
+    assert f"room for {most}" in (long.error or "")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"max_completion_tokens": 5}, "max_completion_tokens (or max_tokens): this server is prefill-only"),
+        ({"max_tokens": 5}, "max_completion_tokens (or max_tokens): this server is prefill-only"),
+        ({"max_tokens": 1, "logprobs": True, "top_logprobs": 2**40}, "top_logprobs: "),
+        ({"max_tokens": 1, "seed": 2**70}, "seed: "),
+        ({"max_tokens": 1, "min_tokens": -1}, "min_tokens: "),
+        ({"max_tokens": 1, "messages": [{"role": "user", "content": "x " * 3000}]}, "messages: the prompt has "),
+    ],
+)
+def test_a_chats_fields_are_refused_by_their_own_names(runtime: Runtime, fields: dict[str, Any], said: str) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], **fields}
+    answer = httpx.post(f"{runtime.url}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["message"].startswith(said)
+
+
+def test_no_alternatives_are_none(runtime: Runtime) -> None:
+    body = {"model": "m", "prompt": [5, 6, 7], "max_tokens": 0, "echo": True}
+    found = [
+        httpx.post(f"{runtime.url}/v1/completions", json={**body, "logprobs": count}, timeout=60).json()["choices"][0]
+        for count in (0, 1)
+    ]
+    none, one = (choice["logprobs"]["token_logprobs"] for choice in found)
+    assert len(none) == 3
+    assert none[1:] == one[1:]
 
 
 def test_tokens_that_there_are_not_are_the_calls_error(runtime: Runtime) -> None:
@@ -274,11 +327,14 @@ def test_calls_at_once_are_planned_together(runtime: Runtime) -> None:
         assert answer.log_probabilities == pytest.approx(other.log_probabilities, abs=TOLERANCE)
 
 
+# A model of random weights gives any label next to no probability.
+NO_WARNINGS = ("-W", "ignore::UserWarning")
 PROGRAM = """
 import os, signal, sys
 from asyncep import Runtime, ServerError
 
-runtime = Runtime(sys.argv[1], log_level="error").start()
+model, certificate, key = sys.argv[1:]
+runtime = Runtime(model, log_level="error", ssl_certfile=certificate, ssl_keyfile=key).start()
 print(len(runtime.classify(["x"], ["b", "c"])))
 os.kill(runtime._process.pid, signal.SIGKILL)
 try:
@@ -288,9 +344,30 @@ except ServerError as error:
 """
 
 
-def test_a_killed_server_is_named_and_a_program_that_never_closes_ends_quietly(model: Path) -> None:
+def own_certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate that nobody else has signed, for no host, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a test")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    made = made.serial_number(x509.random_serial_number())
+    made = made.not_valid_before(now - datetime.timedelta(1)).not_valid_after(now + datetime.timedelta(1))
+    made = made.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    certificate, secret = folder / "certificate.pem", folder / "key.pem"
+    certificate.write_bytes(made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    secret.write_bytes(key.private_bytes(serialization.Encoding.PEM, *form))
+    return certificate, secret
+
+
+def test_a_killed_server_is_named_and_a_program_that_never_closes_ends_quietly(model: Path, tmp_path: Path) -> None:
+    """With a certificate of its own: the runtime trusts what it has given its server."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(model)], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *NO_WARNINGS, "-c", PROGRAM, str(model), *map(str, own_certificate(tmp_path))],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     one, *error = done.stdout.splitlines()
@@ -299,6 +376,33 @@ def test_a_killed_server_is_named_and_a_program_that_never_closes_ends_quietly(m
     told = done.stderr.splitlines()
     assert told[0] == f"asyncep: starting {model} with 1 rank(s) …"
     assert all(re.match("asyncep: (starting|still starting after|ready after)", line) for line in told), done.stderr
+    assert re.search(r"ready after \d+ s at https://127\.0\.0\.1:\d+$", told[-1])
+
+
+LEFT_OPEN = """
+import contextlib, sys, threading
+from asyncep import Runtime
+
+runtime = Runtime.connect(sys.argv[1]).start()
+print(len(runtime.classify(["x"], ["b", "c"])))
+endless = iter(lambda: "text", None)
+stream = runtime.classify(endless, ["b", "c"])
+print(next(stream).error)
+
+def call():
+    # It is told that the runtime is closed under it.
+    with contextlib.suppress(BaseException):
+        runtime.classify([f"row {i}" for i in range(100_000)], ["b", "c"])
+
+threading.Thread(target=call, daemon=True).start()
+"""
+
+
+def test_a_program_that_ends_in_the_middle_ends_quietly(runtime: Runtime) -> None:
+    """With a stream open and a call under way."""
+    command = [sys.executable, *NO_WARNINGS, "-c", LEFT_OPEN, runtime.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["1", "None"], "")
 
 
 def test_the_server_lets_large_calls_wait(runtime: Runtime) -> None:
@@ -362,12 +466,18 @@ def test_examples_of_the_docstrings(runtime: Runtime, tmp_path: Path, monkeypatc
     assert runner.failures == 0
 
 
-def test_a_users_program(runtime: Runtime, tmp_path: Path) -> None:
+def test_a_users_program(runtime: Runtime, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(public_api_program.classified(runtime)) == 6
     scores, ranked, logs = public_api_program.asked(runtime)
     assert [len(scores), len(ranked), len(logs)] == [2, 1, 1]
     assert [answer.error for answer in asyncio.run(public_api_program.awaited(runtime))] == [None] * 4
     assert public_api_program.job(runtime, tmp_path).summary.rows == 2
+    said = capsys.readouterr().out.splitlines()
+    assert "gone.csv" in said[0]
+    assert "overwrite=True" in said[1]
+    assert public_api_program.connected(runtime.url) == 0
+    assert len(asyncio.run(public_api_program.connected_too(runtime.url))) == 1
+    assert public_api_program.judged(runtime) == 1
     assert "labels: at least two" in public_api_program.refused(runtime)
     answers = [*scores, *ranked, *logs, *runtime.classify(["one", ""], ["a", "b"])]
     plain = [json.loads(json.dumps(answer.to_dict())) for answer in answers]
@@ -379,6 +489,12 @@ def test_a_users_program(runtime: Runtime, tmp_path: Path) -> None:
 def test_everything_public_is_there() -> None:
     assert all(getattr(asyncep, name) is not None for name in asyncep.__all__)
     assert set(asyncep.__all__) <= set(dir(asyncep))
+    used = set(vars(public_api_program)) | {"__version__"}
+    assert set(asyncep.__all__) <= used, "the user's program leaves something of the public API out"
+    methods = {name for name in dir(Runtime) if not name.startswith("_")}
+    program = Path(public_api_program.__file__).read_text()
+    assert {name for name in methods if f".{name}" not in program} == set()
+    assert (Path(asyncep.__file__).parent / "py.typed").is_file()
     with pytest.raises(AttributeError, match="no attribute 'Runtimes'"):
         _ = asyncep.Runtimes  # type: ignore[attr-defined]
 

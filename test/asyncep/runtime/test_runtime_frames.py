@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import datasets
@@ -267,6 +268,18 @@ def test_a_column_of_a_dataset_and_columns_in_mappings() -> None:
 def test_tables_that_cannot_be_taken(data: Any, words: str) -> None:
     with pytest.raises(OptionError, match=words):
         taken(data).check(OPTIONS)
+
+
+def test_a_frame_of_another_library_is_refused_and_not_read_by_its_columns() -> None:
+    class DataFrame:
+        columns = ("text",)
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(self.columns)
+
+    DataFrame.__module__ = "modin.pandas"
+    with pytest.raises(OptionError, match="texts: a DataFrame of modin is not taken; give one of its columns"):
+        tabular(DataFrame(), "text")
 
 
 def test_arrays() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy
@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_model import ByteTokens, ToyServer, log_likelihood, next_logs, toy_facts
 
-from asyncep.client.errors import OptionError
+from asyncep.client.errors import OptionError, RejectedError
+from asyncep.client.probes import Probe, Reading
 from asyncep.runtime.windows import in_order
 from asyncep.tasks.session import RERANK_TEMPLATE, Session, session_with
 from asyncep.tasks.task import TaskOptions
@@ -161,6 +162,100 @@ def test_half_a_surrogate_pair_hurts_no_other_text() -> None:
     broken, fine = classify(["A \ud83d", "ok"], TaskOptions(["a", "b"], "{text}"))
     assert "surrogate" in broken.error
     assert fine.label is not None
+
+
+HALF = "A \ud83d"
+
+
+def test_half_a_surrogate_pair_is_an_error_of_its_row_or_of_its_argument() -> None:
+    """Of every method that takes texts."""
+    broken, fine = ask(lambda session: session.logprobs([HALF, "ok"], [5]))
+    assert "surrogate" in (broken.error or "")
+    assert fine.error is None
+    scored = ask(lambda session: session.score("q", [HALF, "ok"], [5]))
+    assert ["surrogate" in (found.error or "") for found in scored] == [True, False]
+    ranked = ask(lambda session: session.rerank("q", [HALF, "ok"]))
+    assert [found.index for found in ranked if "surrogate" in (found.error or "")] == [0]
+    refused: dict[str, Callable[[Session], Coroutine[Any, Any, Any]]] = {
+        "query": lambda session: session.score(HALF, ["x"], [5]),
+        "query: ": lambda session: session.rerank(HALF, ["x"]),
+        "template": lambda session: session.rerank("q", ["x"], template=f"{HALF}{{query}} {{document}}"),
+        "answers": lambda session: session.rerank("q", ["x"], answers=(HALF, "no")),
+        r"texts\[1\]": lambda session: session.tokenize(["x", HALF]),
+    }
+    for name, work in refused.items():
+        with pytest.raises(OptionError, match=f"^{name}.*surrogate"):
+            ask(work)
+
+
+@given(
+    st.lists(
+        st.text(max_size=3)
+        | st.none()
+        | st.integers()
+        | st.lists(st.integers(0, 255) | st.text(max_size=1), max_size=3)
+    )
+)
+def test_odd_prompts_are_errors_of_their_own(prompts: list[Any]) -> None:
+    found = ask(lambda session: session.logprobs([*prompts, "fine"], [5]))
+    assert found[-1].error is None
+    for prompt, answer in zip(prompts, found[:-1], strict=True):
+        tokens = list(prompt.encode("utf-8", "replace")) if isinstance(prompt, str) else prompt
+        good = isinstance(tokens, list) and tokens and all(isinstance(token, int) for token in tokens)
+        if isinstance(prompt, str) and any("\ud800" <= character <= "\udfff" for character in prompt):
+            good = False
+        refused = isinstance(tokens, list) and ord("!") in tokens
+        assert (answer.error is None) == bool(good and not refused), (prompt, answer)
+
+
+class Narrow(ToyServer):
+    """Has 100 tokens, and says so as a server does."""
+
+    async def answer(self, probes: Sequence[Probe], rank: int | None = None) -> list[Reading]:
+        if any(token >= 100 for probe in probes for token in probe.next_ids):
+            raise RejectedError("token_ids_logprob[0]: token id is outside the vocabulary [0, 100)")
+        return await super().answer(probes, rank)
+
+
+@pytest.mark.parametrize("prompts", [["a"], ["a", ""], ["", "a", "x" * 5000, HALF], ["no!", "a"]])
+def test_a_token_that_there_is_not_is_the_calls_error_whatever_else_is_wrong(prompts: list[str]) -> None:
+    async def work(ask: Callable[[Session], Coroutine[Any, Any, Any]]) -> Any:
+        async with session_with(Narrow(), ByteTokens(), toy_facts()) as session:
+            return await ask(session)
+
+    with pytest.raises(OptionError, match=r"^token_ids: .*outside the vocabulary"):
+        asyncio.run(work(lambda session: session.logprobs(prompts, [5, 100])))
+    with pytest.raises(OptionError, match=r"^label_token_ids: .*outside the vocabulary"):
+        asyncio.run(work(lambda session: session.score("q", prompts, [5, 100])))
+
+
+@pytest.mark.parametrize(
+    ("name", "work"),
+    [
+        ("query: a string", lambda session: session.rerank(5, ["x"])),
+        ("documents: a list", lambda session: session.rerank("q", "x")),
+        ("template: a string", lambda session: session.rerank("q", ["x"], template=5)),
+        ("answers: a list", lambda session: session.rerank("q", ["x"], answers="yes")),
+        (r"answers\[1\]: a string", lambda session: session.rerank("q", ["x"], answers=("a", 5))),
+        ("answers: two different", lambda session: session.rerank("q", ["x"], answers=("a", "a"))),
+        ("answers: ' ' has no letters", lambda session: session.rerank("q", ["x"], answers=("a", " "))),
+        ("top_n: a whole number", lambda session: session.rerank("q", ["x"], top_n="2")),
+        ("top_n: a whole number from 0", lambda session: session.rerank("q", ["x"], top_n=-1)),
+        ("chat: True or False", lambda session: session.rerank("q", ["x"], chat="no")),
+        ("tpo_n: no such option", lambda session: session.rerank("q", ["x"], tpo_n=2)),
+        ("apply_softmax: True or False", lambda session: session.score("q", ["x"], [5], apply_softmax="no")),
+        ("item_first: True or False", lambda session: session.score("q", ["x"], [5], item_first=1)),
+        ("query: a string or a list", lambda session: session.score(5, ["x"], [5])),
+        ("items: a list", lambda session: session.score("q", "x", [5])),
+        ("label_token_ids: a list", lambda session: session.score("q", ["x"], 5)),
+        ("prompts: a list", lambda session: session.logprobs("x", [5])),
+        (r"texts\[0\]: a string", lambda session: session.tokenize([5])),
+        ("texts: a list", lambda session: session.tokenize("x")),
+    ],
+)
+def test_arguments_of_other_types_are_refused_by_name(name: str, work: Any) -> None:
+    with pytest.raises(OptionError, match=f"^{name}"):
+        ask(work)
 
 
 @given(st.integers(0, 50), st.integers(1, 7), st.integers(1, 3), st.booleans())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import decimal
 import math
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -15,8 +16,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from asyncep import Runtime
 from asyncep.client.errors import OptionError
-from asyncep.tasks.arguments import FileOptions, as_declared, task_options
+from asyncep.runtime.flags import in_python
+from asyncep.tasks.arguments import FileOptions, as_declared, path_of, task_options
 from asyncep.tasks.task import PromptOptions, TaskOptions
 
 NAMES = sorted(PromptOptions.__annotations__)
@@ -112,7 +115,8 @@ def test_columns_of_labels_are_lists(labels: Any) -> None:
 
 
 FILE = {"text": "t", "gold": None, "keep": ["a"], "restart": False, "overwrite": False, "input_format": None}
-FILE |= {"output_format": None, "encoding": None, "delimiter": None, "quote": "", "header": True}
+FILE |= {"limit": None, "shard": (0, 1), "output_format": None, "encoding": None, "delimiter": None, "quote": ""}
+FILE |= {"header": True}
 
 
 def test_how_files_are_read_is_said_by_the_right_types() -> None:
@@ -120,7 +124,39 @@ def test_how_files_are_read_is_said_by_the_right_types() -> None:
     as_declared(FILE, FileOptions)
     for name in FILE:
         for wrong in (5, 1.5, b"x", {"a": "b"}, object()):
+            if name == "limit" and wrong == 5:
+                continue
             with pytest.raises(OptionError, match=f"^{name}"):
                 as_declared({**FILE, name: wrong}, FileOptions)
     with pytest.raises(OptionError, match="keep: a list is needed, not str"):
         as_declared({**FILE, "keep": "id"}, FileOptions)
+
+
+@pytest.mark.parametrize("given", [5, None, b"in.csv", "", ["in.csv"]])
+def test_what_is_no_path(given: Any) -> None:
+    with pytest.raises(OptionError, match=r"^report: a path is needed, not "):
+        path_of("report", given)
+    assert path_of("report", "a/b") == path_of("report", Path("a/b")) == Path("a/b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"model": 5}, "model: a checkpoint's folder or a hub name"),
+        ({"dp_size": "two"}, "dp_size: a whole number is needed, not str"),
+        ({"dp_size": 0}, "dp_size: at least one rank"),
+        ({"dp_size": True}, "dp_size: a whole number"),
+        ({"start_seconds": "long"}, "start_seconds: a number"),
+        ({"show_start": "no"}, "show_start: True or False"),
+    ],
+)
+def test_a_runtimes_own_arguments(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=f"^{words}"):
+        Runtime(**{"model": "m", **arguments})
+
+
+def test_flags_are_arguments_in_python() -> None:
+    said = "--dp-sise: no such flag; did you mean --dp-size? (asyncep serve --help, see a--b and --- too)"
+    assert in_python(said).startswith(
+        "dp_sise: no such flag; did you mean dp_size? (asyncep serve --help, see a--b and --- "
+    )

@@ -19,10 +19,11 @@ from asyncep.client.tokens import Untokenized
 from asyncep.tasks.arguments import task_options
 from asyncep.tasks.gold import as_label, label_text, several
 from asyncep.tasks.label_files import Labels, labels_in, read_labels
+from asyncep.tasks.label_mass import LabelMassWarning, little_mass, warn_of_mass
 from asyncep.tasks.results import Classification
 from asyncep.tasks.session import session_with
 from asyncep.tasks.task import TaskOptions
-from asyncep.tasks.template import Template
+from asyncep.tasks.template import Template, read_template
 
 
 def classify(texts: list[Any], options: TaskOptions, server: ToyServer | None = None) -> list[Classification]:
@@ -379,3 +380,18 @@ def test_texts_that_the_server_does_not_divide_are_cut_too() -> None:
     found = asyncio.run(run())
     assert found.label is not None
     assert found.cut_characters > 4900
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_the_last_line_break_of_a_file_is_not_the_prompts(tmp_path: Path, end: str) -> None:
+    (tmp_path / "t.txt").write_bytes(b"Text: {text}\n\nLabel:" + end.encode())
+    assert read_template(tmp_path / "t.txt") == "Text: {text}\n\nLabel:"
+
+
+def test_a_warning_where_labels_have_next_to_no_probability() -> None:
+    assert little_mass(None) is None
+    assert little_mass(0.01) is None
+    assert "gives the labels 0.0099 of the probability" in (little_mass(0.0099) or "")
+    with pytest.warns(LabelMassWarning, match="gives the labels 0") as seen:
+        warn_of_mass(0.0, 0)
+    assert len(seen) == 1

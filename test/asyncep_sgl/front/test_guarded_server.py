@@ -59,10 +59,10 @@ def _honest(server: Server) -> None:
 # The smallest requests that ended a rank, a server or other clients' patience, and their kin.
 _HOSTILE: list[tuple[str, dict[str, Any], int, str]] = [
     ("/v1/completions", {**_ECHO, "top_k": 2147483648}, 400, "top_k"),
-    ("/v1/completions", {**_ECHO, "seed": 2**70}, 400, "seed"),
+    ("/v1/completions", {**_ECHO, "seed": 2**70}, 400, '"seed: '),
     ("/v1/completions", {**_ECHO, "n": 1000000}, 400, "n"),
-    ("/v1/completions", {**_ECHO, "logprobs": 2**40}, 400, "logprobs"),
-    ("/v1/completions", {**_ECHO, "min_tokens": 2**40}, 400, "min_new_tokens"),
+    ("/v1/completions", {**_ECHO, "logprobs": 2**40}, 400, '"logprobs: '),
+    ("/v1/completions", {**_ECHO, "min_tokens": 2**40}, 400, '"min_tokens: '),
     ("/v1/completions", {**_ECHO, "logit_bias": {"100000000": 1}}, 400, "logit_bias"),
     ("/v1/completions", {**_ECHO, "prompt": ["a"] * 20000}, 400, "--asyncep-max-prompts"),
     ("/generate", {"text": "a", "sampling_params": {"max_new_tokens": 0, "top_k": 2147483648}}, 400, "top_k"),
@@ -92,6 +92,8 @@ _HOSTILE: list[tuple[str, dict[str, Any], int, str]] = [
     ("/v1/chat/completions", {**_CHAT, "tools": [{"type": "function", "function": 5}]}, 400, "tools"),
     ("/v1/chat/completions", {**_CHAT, "messages": "x" * 400_000}, 413, "--asyncep-max-prompt-chars"),
     ("/v1/rerank", {"query": "cats", "documents": ["a", "b"]}, 400, "/v1/score"),
+    ("/v1/classify", {"model": "m", "input": "cats"}, 400, "/v1/score"),
+    ("/v1/embeddings", {"model": "m", "input": "cats"}, 400, "/v1/score"),
     ("/v1/score", {"model": "m", "query": "q" * 60000, "items": ["i" * 6000], "label_token_ids": [1]}, 400, "items"),
     ("/v1/score", {"model": "m", "query": "q", "items": ["i"] * 20000, "label_token_ids": [1]}, 400, "items"),
     ("/v1/score", {"model": "m", "query": "q" * 50000, "items": ["i"] * 9000, "label_token_ids": [1]}, 400, "repeated"),

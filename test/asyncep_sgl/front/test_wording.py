@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ from asyncep_sgl.front.wording import NATIVE, Names, names_at, placed, renamed
     [
         ("/generate", "text", "sampling_params.max_new_tokens"),
         ("/v1/completions", "prompt", "max_tokens"),
-        ("/v1/chat/completions", "messages", "max_tokens"),
+        ("/v1/chat/completions", "messages", "max_completion_tokens (or max_tokens)"),
         ("/v1/responses", "input", "max_output_tokens"),
         ("", "text", "sampling_params.max_new_tokens"),
     ],
@@ -27,14 +28,16 @@ def test_fields_are_called_as_the_endpoint_calls_them(path: str, prompt: str, to
     names = names_at(path)
     with pytest.raises(ValueError, match=rf"^{prompt}: the prompt is empty"):
         check_prompt([], 10, None, names)
-    with pytest.raises(ValueError, match=rf"^{prompt}: the prompt has 4 tokens, .* leaves room for 3$"):
+    with pytest.raises(ValueError, match=rf"^{prompt}: the prompt has 4 tokens, .* leaves room for 3; shorten it$"):
         check_prompt([1, 2, 3, 4], 10, 3, names)
+    with pytest.raises(ValueError, match=f"^{names.ids}: the prompt has 4 tokens"):
+        check_prompt([1, 2, 3, 4], 10, 3, names, given_as_ids=True)
     check_prompt([1, 2, 3], 10, 3, names)
     where = r"input_ids\[1\]" if names == NATIVE else f"{prompt}: token 1 of the prompt"
     with pytest.raises(ValueError, match=rf"^{where}: token id 10 is outside the vocabulary \[0, 10\)$"):
         check_prompt([1, 10], 10, None, names)
     for wrong in (None, 2, -1, True, "1"):
-        with pytest.raises(ValueError, match=f"^{tokens}: "):
+        with pytest.raises(ValueError, match=f"^{re.escape(tokens)}: "):
             check_prefill_only({} if wrong is None else {"max_new_tokens": wrong}, names.tokens)
 
 
@@ -44,7 +47,11 @@ def test_fields_are_called_as_the_endpoint_calls_them(path: str, prompt: str, to
         ("sampling_params.max_new_tokens: -1 is wrong", "max_tokens: -1 is wrong"),
         ("sampling_params.temperature: 5000", "temperature: 5000"),
         ("text[1]: too long", "prompt[1]: too long"),
-        ("text, input_ids: give one", "prompt, input_ids: give one"),
+        ("text, input_ids: give one", "prompt: give one"),
+        ("sampling_params.min_new_tokens: -1", "min_tokens: -1"),
+        ("sampling_params.sampling_seed: -1", "seed: -1"),
+        ("top_logprobs_num: 5000", "logprobs: 5000"),
+        ("logprob_start_len, token_ids_logprob, top_logprobs_num: over", "echo, token_ids_logprob, logprobs: over"),
         ("input_ids[3]: 'a'", "prompt[3]: 'a'"),
         ("priority: 5", "priority: 5"),
         ("texts are none", "texts are none"),
