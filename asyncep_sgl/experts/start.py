@@ -34,6 +34,28 @@ def _torch_device(device: torch.device) -> Device:
     return TorchDevice(device.index)
 
 
+def missing_layers(manager: ExpertManager) -> list[GatheredLayer]:
+    """The layers of which this host lacks experts, in order."""
+    found = []
+    for layer in sorted(manager.layouts):
+        missing = manager.missing(layer)
+        if missing:
+            parameters = {name: parameter.data for name, parameter in manager.parameters(layer).items()}
+            found.append(GatheredLayer(layer, parameters, slot_layout(parameters, missing)))
+    return found
+
+
+def peer_source(manager: ExpertManager, group: GroupConfig) -> PeerSource:
+    """Where a rank takes experts of other hosts from."""
+    return PeerSource(
+        RemoteReader(f"asyncep-rank-{group.node}-{manager.rank}-{os.getpid()}"),
+        ViewClient(group.exporter_address),
+        node=group.node,
+        nodes=group.nodes,
+        verify=group.verify == "every",
+    )
+
+
 def start_gather(
     manager: ExpertManager,
     group: GroupConfig,
@@ -55,12 +77,7 @@ def start_gather(
         device: what this rank computes on; the CPU by default.
         device_of: streams and events of it.
     """
-    layers = []
-    for layer in sorted(manager.layouts):
-        missing = manager.missing(layer)
-        if missing:
-            parameters = {name: parameter.data for name, parameter in manager.parameters(layer).items()}
-            layers.append(GatheredLayer(layer, parameters, slot_layout(parameters, missing)))
+    layers = missing_layers(manager)
     if not layers:
         return None
     dtype = layers[0].parameters["w13_weight"].dtype
@@ -74,13 +91,7 @@ def start_gather(
     elif group.nodes == 1:
         source = FileSource(sorted(Path(model).glob("*.safetensors")), str(dtype).removeprefix("torch."))
     else:
-        source = PeerSource(
-            RemoteReader(f"asyncep-rank-{group.node}-{manager.rank}-{os.getpid()}"),
-            ViewClient(group.exporter_address),
-            node=group.node,
-            nodes=group.nodes,
-            verify=group.verify == "every",
-        )
+        source = peer_source(manager, group)
     gather = ExpertGather(layers, source, group.depth, device or "cpu")
     # The first connects, and warms caches.
     gather.measure(rounds=1)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _OURS = {
     "replicated": "asyncep_sgl.strategies.replicated:Replicated",
     "asyncep": "asyncep_sgl.strategies.asyncep.strategy:AsyncEP",
+    "ep": "asyncep_sgl.strategies.calls.strategy:ExpertParallel",
 }
 NAMES: tuple[str, ...] = tuple(_OURS)
 

@@ -129,7 +129,7 @@ class ExpertGather:
         """All experts of ``layer``, wherever they lie; valid until `release`. Blocks until they are there."""
         slot = self.pipeline.wait(layer)
         if (layer, slot) not in self._tables:
-            self._tables[layer, slot] = self._table(self.layers[layer], slot)
+            self._tables[layer, slot] = slot_table(self.layers[layer], self._slots[slot])
         return self._tables[layer, slot]
 
     def release(self, layer: int) -> None:
@@ -145,20 +145,26 @@ class ExpertGather:
         sample = list(self.layers)[:: max(1, len(self.layers) // 3)][:3]
         return [self._source.start(layer, 0).wait().seconds for _ in range(rounds) for layer in sample]
 
-    def _table(self, entry: GatheredLayer, slot: int) -> ExpertTable:
-        missing = frozenset(entry.slot.experts)
-        sides = {}
-        for name, parameter in entry.parameters.items():
-            rows = []
-            for expert in range(parameter.shape[0]):
-                if expert in missing:
-                    start = entry.slot.offset(name, expert)
-                    raw = self._slots[slot, start : start + entry.slot.strides[name]]
-                    rows.append(raw.view(parameter.dtype).view(parameter.shape[1:]))
-                else:
-                    rows.append(parameter[expert])
-            sides[name] = rows
-        return ExpertTable(sides["w13_weight"], sides["w2_weight"])
+
+def slot_table(entry: GatheredLayer, slot: torch.Tensor) -> ExpertTable:
+    """A layer's experts, wherever they lie: in the store, or in a slot that holds the missing ones.
+
+    Args:
+        slot: ``(bytes,)`` uint8.
+    """
+    missing = frozenset(entry.slot.experts)
+    sides = {}
+    for name, parameter in entry.parameters.items():
+        rows = []
+        for expert in range(parameter.shape[0]):
+            if expert in missing:
+                start = entry.slot.offset(name, expert)
+                raw = slot[start : start + entry.slot.strides[name]]
+                rows.append(raw.view(parameter.dtype).view(parameter.shape[1:]))
+            else:
+                rows.append(parameter[expert])
+        sides[name] = rows
+    return ExpertTable(sides["w13_weight"], sides["w2_weight"])
 
 
 def _settled(trace: list[LayerTrace]) -> list[LayerTrace]:

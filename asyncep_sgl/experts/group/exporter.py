@@ -20,7 +20,7 @@ import zmq
 
 from asyncep_sgl.config.run import AsyncEPConfig, GroupConfig
 from asyncep_sgl.errors import StoreError
-from asyncep_sgl.experts.group.link import address_towards
+from asyncep_sgl.experts.group.link import link_host
 from asyncep_sgl.experts.group.membership import Membership
 from asyncep_sgl.experts.group.nixl_agent import make_agent
 from asyncep_sgl.experts.group.peers import (
@@ -36,6 +36,7 @@ from asyncep_sgl.experts.group.peers import (
     TensorAddress,
     View,
     ViewRequest,
+    Works,
     decode,
     encode,
 )
@@ -70,6 +71,7 @@ class Exporter:
     _descriptors: dict[int, Descriptor] = field(default_factory=dict)
     _own: Descriptor | None = None
     _waiting_since: float = field(default_factory=time.monotonic)
+    _worker_spoke: float = 0.0
     _spoke: float = 0.0
 
     def __post_init__(self) -> None:
@@ -83,13 +85,12 @@ class Exporter:
         Raises:
             StoreError: the address cannot be had.
         """
-        host, _, port = self.group.rendezvous.rpartition(":")
         try:
             if self.group.node == 0:
-                address = f"tcp://{host}:{port}"
+                address = f"tcp://{self.group.rendezvous}"
                 self._socket.bind(address)
             else:
-                self._socket.bind(f"tcp://{address_towards(host, int(port))}:*")
+                self._socket.bind(f"tcp://{link_host(self.group)}:*")
                 address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         except (OSError, zmq.ZMQError) as error:
             raise StoreError(
@@ -109,6 +110,8 @@ class Exporter:
     def turn(self, sleep: float) -> None:
         """Hears and answers for at most ``sleep`` seconds, introduces itself where that is due."""
         now = time.monotonic()
+        if self.membership.own.calls and now - self._worker_spoke > PATIENCE_SECONDS:
+            self._worker("")
         if now - self._spoke >= ANNOUNCE_SECONDS:
             self._spoke = now
             self._introduce()
@@ -170,6 +173,10 @@ class Exporter:
                     self._say(ready, self._own, frames[:-1])
             case Descriptor():
                 self._descriptors[message.node] = message
+            case Works(address):
+                self._worker_spoke = now
+                if address != self.membership.own.calls:
+                    self._worker(address)
             case ViewRequest():
                 self._say(ready, self._view(now, with_descriptors=True), frames[:-1])
             case HealthRequest():
@@ -183,8 +190,13 @@ class Exporter:
             known = self._descriptors.get(card.node)
             current = known is not None and known.incarnation == card.incarnation
             alive = self.membership.alive(card.node, now) and current
-            nodes.append(NodeView(card.node, card.address, alive, known if with_descriptors else None))
+            descriptor = known if with_descriptors else None
+            nodes.append(NodeView(card.node, card.address, alive, descriptor, card.calls if alive else ""))
         return View(tuple(nodes), self.membership.absent())
+
+    def _worker(self, address: str) -> None:
+        """This host's worker has come, or has been silent for too long."""
+        self.membership.own = msgspec.structs.replace(self.membership.own, calls=address)
 
     def _say(self, line: Any, message: Message, envelope: list[bytes] | None = None) -> None:
         try:

@@ -9,6 +9,8 @@ from typing import Any
 
 import psutil
 
+from asyncep_sgl.config.run import GroupConfig
+
 _RDMA = Path("/sys/class/infiniband")
 
 
@@ -32,6 +34,16 @@ def link_environment(rendezvous: str, environment: Mapping[str, str]) -> dict[st
         if interface is not None:
             wanted["UCX_NET_DEVICES"] = interface
     return wanted
+
+
+def link_host(group: GroupConfig) -> str:
+    """What this host's processes listen on for the others: its address on the link.
+
+    Raises:
+        OSError: there is no way to node 0.
+    """
+    host, _, port = group.rendezvous.rpartition(":")
+    return host if group.node == 0 else address_towards(host, int(port))
 
 
 def address_towards(host: str, port: int) -> str:

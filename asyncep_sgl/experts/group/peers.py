@@ -21,6 +21,7 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
         model: fingerprint of its checkpoint.
         version: of this package.
         ready: its experts are in memory and may be read.
+        calls: ``tcp://host:port`` where its worker takes calls; empty while it has none.
     """
 
     node: int
@@ -35,6 +36,7 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     version: str
     ready: bool = False
+    calls: str = ""
 
 
 class Announce(msgspec.Struct, tag=True, frozen=True):
@@ -82,17 +84,24 @@ class Descriptor(msgspec.Struct, tag=True, frozen=True):
     tensors: tuple[TensorAddress, ...]
 
 
+class Works(msgspec.Struct, tag=True, frozen=True):
+    """A host's worker tells its own exporter where it takes calls, again and again."""
+
+    address: str
+
+
 class ViewRequest(msgspec.Struct, tag=True, frozen=True):
     """A rank (or the front) asks its host's exporter for `View`."""
 
 
 class NodeView(msgspec.Struct, frozen=True):
-    """One other host; ``descriptor`` is its last known, kept when the host goes away."""
+    """One other host; ``descriptor`` is its last known, kept when the host goes away. ``calls``: as in its `Card`."""
 
     node: int
     address: str
     alive: bool
     descriptor: Descriptor | None
+    calls: str = ""
 
 
 class View(msgspec.Struct, tag=True, frozen=True):
@@ -106,7 +115,7 @@ class HealthRequest(msgspec.Struct, tag=True, frozen=True):
     """`ViewRequest` without the descriptors: for those who only want to know who is there."""
 
 
-Message = Announce | Cards | NotAdmitted | Describe | Descriptor | ViewRequest | View | HealthRequest
+Message = Announce | Cards | NotAdmitted | Describe | Descriptor | Works | ViewRequest | View | HealthRequest
 
 _decoder = msgspec.msgpack.Decoder(Message)
 

@@ -165,6 +165,53 @@ class GatherReport(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     peer_losses: int
 
 
+class CallReport(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """How a rank's expert calls go.
+
+    Attributes:
+        layers: layers whose rows are sent.
+        sent: calls, and ``rows`` in them.
+        late: calls that were not answered in time; their experts were fetched.
+        declined: calls that a worker declined, or whose answers were wrong; likewise.
+        digest_failures: answers that came otherwise than they were sent.
+        fetched_rows: rows whose experts were fetched.
+        wait_seconds: time the rank stood still for rows.
+        step_seconds: time of all its batches.
+    """
+
+    rank: int
+    layers: int
+    sent: int
+    rows: int
+    late: int
+    declined: int
+    digest_failures: int
+    fetched_rows: int
+    wait_seconds: float
+    step_seconds: float
+
+
+class ServedReport(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """What a host's worker has done for ranks of other hosts.
+
+    Attributes:
+        calls, rows: answered.
+        runs: computations; one may be of several callers' calls.
+        declined: calls that could not be computed.
+        dropped: calls that nobody waited for any more.
+        queue_seconds: sum over calls of the time each stood in the queue.
+        busy_seconds: time it computed.
+    """
+
+    calls: int
+    rows: int
+    runs: int
+    declined: int
+    dropped: int
+    queue_seconds: float
+    busy_seconds: float
+
+
 class StatusRequest(msgspec.Struct, tag=True, frozen=True):
     """Asks for `Status`."""
 
@@ -195,6 +242,8 @@ class Status(msgspec.Struct, tag=True, frozen=True):
         resident_bytes: pages behind them as the operating system counts them.
         page_bytes: the page size, the grain of ``resident_bytes``.
         gathers: of each rank that gathers experts from other hosts.
+        calls: of each rank that sends rows to other hosts.
+        served: what this host's worker has done for them; None without one.
     """
 
     ranks: tuple[RankStatus, ...]
@@ -203,6 +252,8 @@ class Status(msgspec.Struct, tag=True, frozen=True):
     resident_bytes: int
     page_bytes: int
     gathers: tuple[GatherReport, ...] = ()
+    calls: tuple[CallReport, ...] = ()
+    served: ServedReport | None = None
 
 
 class Done(msgspec.Struct, tag=True, frozen=True):
@@ -215,5 +266,6 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
     reason: str
 
 
-Request = Hello | Allocate | Placed | Loaded | Failed | Serving | StatusRequest | ExportRequest | GatherReport
+Report = GatherReport | CallReport | ServedReport
+Request = Hello | Allocate | Placed | Loaded | Failed | Serving | StatusRequest | ExportRequest | Report
 Reply = Welcome | Segment | Complete | Status | Done | Refused | Export

@@ -10,6 +10,7 @@ from typing import Generic, Protocol, TypeVar
 
 from asyncep_sgl.experts.store.messages import (
     Allocate,
+    CallReport,
     Complete,
     Done,
     Export,
@@ -25,6 +26,7 @@ from asyncep_sgl.experts.store.messages import (
     Reply,
     Request,
     Segment,
+    ServedReport,
     Serving,
     Status,
     StatusRequest,
@@ -97,6 +99,8 @@ class StoreRegistry(Generic[Client]):
     _waiting: list[Client] = field(default_factory=list)
     _exporters: list[Client] = field(default_factory=list)
     _gathers: dict[int, GatherReport] = field(default_factory=dict)
+    _calls: dict[int, CallReport] = field(default_factory=dict)
+    _served: ServedReport | None = None
 
     def handle(self, client: Client, request: Request) -> list[tuple[Client, Reply]]:
         """Takes one request; returns what to say to whom now (a `Loaded` is answered with the last one)."""
@@ -125,6 +129,12 @@ class StoreRegistry(Generic[Client]):
                 return []
             case GatherReport(rank=rank):
                 self._gathers[rank] = request
+                return [(client, Done())]
+            case CallReport(rank=rank):
+                self._calls[rank] = request
+                return [(client, Done())]
+            case ServedReport():
+                self._served = request
                 return [(client, Done())]
 
     def take_hellos(self) -> list[tuple[str, int]]:
@@ -165,6 +175,8 @@ class StoreRegistry(Generic[Client]):
             resident_bytes=sum(held.segment.resident_bytes for held in segments) + on_devices,
             page_bytes=mmap.PAGESIZE,
             gathers=tuple(self._gathers[rank] for rank in sorted(self._gathers)),
+            calls=tuple(self._calls[rank] for rank in sorted(self._calls)),
+            served=self._served,
         )
 
     def close(self) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import statistics
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from asyncep_router.cost import ModelCost
 from asyncep_sgl.config.run import LARGEST_BATCH_TOKENS
 from asyncep_sgl.errors import UsageError
-from asyncep_sgl.experts.group.link import link_environment
-from asyncep_sgl.strategies.base import FrontPlace, SideProcess, Strategy
+from asyncep_sgl.strategies.base import FrontPlace
+from asyncep_sgl.strategies.hosts import OverHosts
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from asyncep_sgl.strategies.base import RankPlace, RankStrategy
 
 
-class AsyncEP(Strategy):
+class AsyncEP(OverHosts):
     """Weights are gathered layer by layer into slots, while earlier layers compute."""
 
     name = "asyncep"
@@ -38,17 +37,6 @@ class AsyncEP(Strategy):
         if options.run.kernels != "ours" and group.gathers:
             raise UsageError("--asyncep-kernels sglang: only our kernels read gathered experts; leave the flag out")
 
-    def side_processes(self) -> Sequence[SideProcess]:
-        """What other hosts read this host's experts through; it holds nothing that is not in the store."""
-        if self.config.group.nodes == 1:
-            return ()
-        return (SideProcess("exporter", (sys.executable, "-m", "asyncep_sgl.experts.group.exporter")),)
-
-    def environment(self, outside: Mapping[str, str]) -> Mapping[str, str]:
-        """Where UCX listens."""
-        group = self.config.group
-        return link_environment(group.rendezvous, outside) if group.nodes > 1 else {}
-
     def sglang_flags(self) -> Sequence[str]:
         """Batches are cut by FLOPs: their tokens are only the bound that memory sets.
 
@@ -60,23 +48,6 @@ class AsyncEP(Strategy):
     def gathers(self) -> bool:
         """Unless every layer is kept whole."""
         return self.config.group.gathers
-
-    @property
-    def may_stall(self) -> bool:
-        """While another host is away."""
-        return self.config.group.nodes > 1
-
-    def gates(self) -> Sequence[tuple[type[Any], Mapping[str, Any]]]:
-        """Refuses requests while experts are out of reach."""
-        group = self.config.group
-        if group.nodes == 1:
-            return ()
-        from asyncep_sgl.experts.group.view import ViewClient
-        from asyncep_sgl.strategies.asyncep.group_gate import GroupGate, GroupHealth, watch
-
-        health = GroupHealth(group.nodes, group.copies, group.patience_seconds)
-        watch(health, ViewClient(group.exporter_address))
-        return ((GroupGate, {"health": health}),)
 
     def collectors(self, status: Callable[[], Status]) -> Sequence[Collector]:
         """The ranks' gathers."""

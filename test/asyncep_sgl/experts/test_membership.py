@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from asyncep_sgl.experts.group.membership import Membership
 from asyncep_sgl.experts.group.peers import Card, NodeView, View
 from asyncep_sgl.experts.shard.layout import GroupLayout
-from asyncep_sgl.strategies.asyncep.group_gate import GroupGate, GroupHealth, uncovered
+from asyncep_sgl.strategies.group_gate import GroupGate, GroupHealth, uncovered
 
 
 def card(node: int, incarnation: int = 1, **changes: object) -> Card:

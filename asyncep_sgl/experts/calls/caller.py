@@ -1,0 +1,264 @@
+"""A rank's lines to the workers of other hosts: rows go out, their products come back, or they are late."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import torch
+import zmq
+
+from asyncep_sgl.experts.calls.estimate import Estimate, Trust
+from asyncep_sgl.experts.calls.frames import fingerprint, on, raw
+from asyncep_sgl.experts.calls.messages import Answer, Call, Declined, decode_answer, encode
+from asyncep_sgl.experts.group.view import ViewClient
+from asyncep_sgl.process.zmq_end import ends_with
+
+logger = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 5.0
+# Without a sign of life from the other end for so long, a connection is taken for broken.
+_HEARTBEAT_MS, _SILENT_MS = 1000, 3000
+# Calls that may be on their way to one worker before a further one is refused: two layers' worth.
+_CALLS_UNDER_WAY = 8
+
+
+@dataclass(eq=False)
+class _Line:
+    """To one host's worker, as long as it has this address."""
+
+    node: int
+    address: str
+    socket: zmq.Socket[bytes]
+    estimate: Estimate = field(default_factory=Estimate)
+    trust: Trust = field(default_factory=Trust)
+
+
+@dataclass(eq=False)
+class Sent:
+    """A call under way.
+
+    Attributes:
+        experts: the run that was asked for.
+        rows: where its products belong, in the results of the layer.
+    """
+
+    line: _Line
+    number: int
+    experts: range
+    rows: range
+    since: float
+    late_at: float
+    left: int
+
+
+@dataclass
+class CallCounts:
+    """What a rank's calls came to."""
+
+    sent: int = 0
+    rows: int = 0
+    late: int = 0
+    declined: int = 0
+    digest_failures: int = 0
+    wait_seconds: float = 0.0
+
+
+class Caller:
+    """For the one thread that computes.
+
+    Args:
+        views: asks this host's exporter who is there.
+        verify: compare what comes with its sender's digest, and let the other end compare.
+        clock: seconds.
+    """
+
+    def __init__(self, views: ViewClient, *, verify: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self.counts = CallCounts()
+        self._views = views
+        self._verify = verify
+        self._clock = clock
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._poller = zmq.Poller()
+        self._lines: dict[int, _Line] = {}
+        self._sockets: list[zmq.Socket[bytes]] = []
+        self._end = ends_with(self, self._context, self._sockets)
+        self._number = 0
+        self._oldest = 0
+        self._look_at = 0.0
+
+    def close(self) -> None:
+        """Hangs up."""
+        self._end()
+
+    def look(self) -> None:
+        """Finds workers that are new, or that have started anew; every few seconds."""
+        if (now := self._clock()) >= self._look_at:
+            self._look_at = now + _LOOK_SECONDS
+            self.refresh()
+
+    def refresh(self) -> None:
+        """The same now."""
+        for node in self._views.view(descriptors=False).nodes:
+            known = self._lines.get(node.node)
+            if known is not None and known.address != node.calls:
+                self._hang_up(known)
+            if node.calls and node.node not in self._lines:
+                self._lines[node.node] = self._connect(node.node, node.calls)
+
+    def able(self) -> frozenset[int]:
+        """Hosts that are worth asking now."""
+        now = self._clock()
+        return frozenset(node for node, line in self._lines.items() if line.trust.may_be_asked(now))
+
+    def begin(self) -> None:
+        """A layer begins: nobody waits any more for what earlier ones sent."""
+        self._oldest = self._number + 1
+
+    def send(
+        self,
+        node: int,
+        layer: int,
+        experts: range,
+        counts: Sequence[int],
+        rows: range,
+        hidden: torch.Tensor,
+        order: torch.Tensor,
+    ) -> Sent | None:
+        """Sends the rows of a run of experts; None if its worker takes none now.
+
+        Args:
+            counts: rows of each of ``experts``.
+            rows: their places in the results of the layer.
+            hidden: ``(tokens, H)`` contiguous, each distinct token once.
+            order: ``(len(rows),)`` int32, the token of each row.
+        """
+        line = self._lines[node]
+        self._number += 1
+        states, places = raw(hidden), raw(order)
+        call = Call(
+            number=self._number,
+            oldest=self._oldest,
+            layer=layer,
+            first=experts.start,
+            counts=tuple(counts),
+            tokens=len(hidden),
+            digest=fingerprint(states, places) if self._verify else 0,
+        )
+        try:
+            line.socket.send_multipart([encode(call), states, places], zmq.NOBLOCK)
+        except zmq.Again:
+            # Not connected, or it has not taken earlier ones yet.
+            line.trust.missed(self._clock())
+            return None
+        now = self._clock()
+        self.counts.sent += 1
+        self.counts.rows += len(rows)
+        return Sent(line, self._number, experts, rows, now, now + line.estimate.late(len(rows)), len(rows))
+
+    def collect(self, sent: Sequence[Sent], results: torch.Tensor) -> list[Sent]:
+        """Waits until each call is answered or late, and puts the products in their places.
+
+        Args:
+            results: ``(rows of the layer, H)`` contiguous.
+
+        Returns:
+            Those that are late, or were declined: their rows are the caller's to compute.
+        """
+        began = self._clock()
+        waiting = {(call.line, call.number): call for call in sent}
+        late: list[Sent] = []
+        while waiting:
+            now = self._clock()
+            for key in [key for key, call in waiting.items() if call.late_at <= now]:
+                late.append(self._given_up(waiting.pop(key), now))
+            if not waiting:
+                break
+            due = min(call.late_at for call in waiting.values())
+            ready = {socket for socket, _ in self._poller.poll(max(1, math.ceil((due - now) * 1000)))}
+            for line in self._lines.values():
+                if line.socket in ready:
+                    late += self._take(line, waiting, results)
+        self.counts.wait_seconds += self._clock() - began
+        return late
+
+    def _given_up(self, call: Sent, now: float) -> Sent:
+        self.counts.late += 1
+        call.line.trust.missed(now)
+        logger.warning(
+            "node %d has not answered after %.0f ms; its experts are fetched", call.line.node, (now - call.since) * 1e3
+        )
+        # It may have started anew.
+        self._look_at = 0.0
+        return call
+
+    def _take(self, line: _Line, waiting: dict[tuple[_Line, int], Sent], results: torch.Tensor) -> list[Sent]:
+        """Everything that has come on a line; calls that were declined or came wrong."""
+        failed: list[Sent] = []
+        while True:
+            try:
+                frames = line.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return failed
+            try:
+                message = decode_answer(frames[0].bytes)
+            except msgspec.MsgspecError:
+                logger.warning("something that is no worker answers for node %d", line.node)
+                continue
+            call = waiting.get((line, message.number))
+            if call is None:
+                continue  # it was late, and its rows have been computed here
+            reason = (
+                message.reason if isinstance(message, Declined) else self._place(call, message, frames[1:], results)
+            )
+            now = self._clock()
+            if reason is not None:
+                logger.warning("node %d: %s; its experts are fetched", line.node, reason)
+                self.counts.declined += 1
+                line.trust.missed(now)
+                failed.append(waiting.pop((line, call.number)))
+            elif not call.left:
+                line.estimate.took(len(call.rows), now - call.since)
+                line.trust.answered()
+                del waiting[line, call.number]
+            else:
+                call.late_at = now + line.estimate.late(len(call.rows))
+
+    def _place(self, call: Sent, answer: Answer, frames: Sequence[zmq.Frame], results: torch.Tensor) -> str | None:
+        """Puts a part's products where they belong; what is wrong with them."""
+        width = results.shape[1] * results.element_size()
+        if len(frames) != 1 or not (answer.row >= 0 and answer.row + answer.rows <= len(call.rows)):
+            return "its answer is not of the rows that it was asked for"
+        buffer = frames[0].buffer
+        if len(buffer) != answer.rows * width or answer.rows > call.left:
+            return f"its answer has {len(buffer)} bytes for {answer.rows} rows"
+        if self._verify and fingerprint(buffer) != answer.digest:
+            self.counts.digest_failures += 1
+            return "its answer came otherwise than it was sent"
+        start = call.rows.start + answer.row
+        results[start : start + answer.rows] = on(buffer, results.dtype, (answer.rows, results.shape[1]))
+        call.left -= answer.rows
+        return None
+
+    def _connect(self, node: int, address: str) -> _Line:
+        socket = self._context.socket(zmq.DEALER)
+        socket.linger = 0
+        socket.sndhwm = _CALLS_UNDER_WAY
+        socket.rcvhwm = 0
+        # What cannot be delivered now is not worth delivering later.
+        socket.immediate = True
+        socket.heartbeat_ivl, socket.heartbeat_timeout = _HEARTBEAT_MS, _SILENT_MS
+        socket.connect(address)
+        self._sockets.append(socket)
+        self._poller.register(socket, zmq.POLLIN)
+        return _Line(node, address, socket)
+
+    def _hang_up(self, line: _Line) -> None:
+        self._poller.unregister(line.socket)
+        self._sockets.remove(line.socket)
+        line.socket.close()
+        del self._lines[line.node]

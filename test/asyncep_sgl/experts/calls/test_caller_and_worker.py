@@ -1,0 +1,254 @@
+"""A caller and a worker over real sockets, in one process: right, late, declined, wrong, and gone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import zmq
+
+from asyncep_kernels.moe import cpu
+from asyncep_kernels.moe.table import ExpertTable
+from asyncep_sgl.experts.calls import caller as caller_module
+from asyncep_sgl.experts.calls import worker as worker_module
+from asyncep_sgl.experts.calls.caller import Caller, Sent
+from asyncep_sgl.experts.calls.messages import Shape
+from asyncep_sgl.experts.calls.worker import LayerExperts, Worker
+from asyncep_sgl.experts.group.peers import NodeView, View
+
+EXPERTS, WIDTH, INTER, LAYER = 8, 64, 32, 3
+OWN, AWAY = range(4), range(4, 8)
+
+
+def experts() -> ExpertTable:
+    generator = torch.Generator().manual_seed(5)
+    w13 = torch.randn(EXPERTS, 2 * INTER, WIDTH, generator=generator) / 8
+    w2 = torch.randn(EXPERTS, WIDTH, INTER, generator=generator) / 6
+    return ExpertTable(w13.bfloat16(), w2.bfloat16())
+
+
+class Views:
+    """In the place of a line to the exporter: what it would say of node 1's worker."""
+
+    def __init__(self) -> None:
+        self.address = ""
+
+    def view(self, *, descriptors: bool = True) -> View:
+        del descriptors
+        return View((NodeView(1, "tcp://nowhere", True, None, self.address),), ())
+
+
+class Served:
+    """A worker in a thread, on a port of its own."""
+
+    def __init__(self, *, verify: bool = True) -> None:
+        self.socket = zmq.Context().socket(zmq.ROUTER)
+        self.socket.linger = 0
+        self.socket.bind("tcp://127.0.0.1:*")
+        self.address = str(self.socket.getsockopt_string(zmq.LAST_ENDPOINT))
+        held = LayerExperts(experts(), frozenset(AWAY), Shape(EXPERTS, WIDTH, 2), torch.bfloat16)
+        self.worker = Worker(self.socket, {LAYER: held}, verify=verify)
+        # Held by whoever wants the worker to stand still.
+        self.still, self.end = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self.end.wait(0.001):
+            with self.still:
+                self.worker.turn(0.02)
+
+    def stop(self) -> None:
+        self.end.set()
+        self._thread.join()
+        self.socket.close()
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    made = Served()
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def caller(served: Served) -> Iterator[Caller]:
+    views = Views()
+    views.address = served.address
+    made = Caller(views, verify=True)  # type: ignore[arg-type]
+    made.refresh()
+    yield made
+    made.close()
+
+
+def layer(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, WIDTH, generator=generator).bfloat16()
+    ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:3] for _ in range(tokens)])
+    return hidden, ids, torch.rand(tokens, 3, generator=generator)
+
+
+def send(caller: Caller, hidden: torch.Tensor, order: Any, *, of: int = LAYER, run: range = AWAY) -> Sent | None:
+    starts = order.starts.tolist()
+    rows = range(starts[run.start], starts[run.stop])
+    distinct, places = torch.unique(order.tokens[rows.start : rows.stop], return_inverse=True)
+    counts = [starts[expert + 1] - starts[expert] for expert in run]
+    return caller.send(1, of, run, counts, rows, hidden[distinct.long()], places.to(torch.int32))
+
+
+def sent_at_last(caller: Caller, *given: Any, **how: Any) -> Sent:
+    """A connection takes a moment to come about."""
+    deadline = time.monotonic() + 10
+    while (found := send(caller, *given, **how)) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return found
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 3000])
+def test_rows_that_went_there_and_back_are_those_of_here(caller: Caller, served: Served, tokens: int) -> None:
+    """Many tokens come back in parts."""
+    hidden, ids, weights = layer(tokens)
+    whole = cpu.moe(hidden, ids, weights, experts())
+    order = cpu.sort(ids, EXPERTS)
+    results = torch.full((ids.numel(), WIDTH), float("nan"), dtype=torch.bfloat16)
+    for _ in range(3):
+        caller.begin()
+        call = sent_at_last(caller, hidden, order)
+        cpu.run(hidden, order, experts(), results, first=OWN.start, last=OWN.stop)
+        assert caller.collect([call], results) == []
+        assert torch.equal(cpu.combine(results, order.place, weights, dtype=hidden.dtype), whole)
+    counts = caller.counts
+    assert (counts.late, counts.declined, counts.digest_failures) == (0, 0, 0)
+    assert (
+        counts.rows
+        == served.worker.served.rows
+        == 3 * (order.rows(AWAY.start, AWAY.stop).stop - order.rows(4, 8).start)
+    )
+    assert served.worker.served.calls == 3
+
+
+def test_calls_of_several_callers_are_computed_in_one_run(served: Served) -> None:
+    views = Views()
+    views.address = served.address
+    made = [Caller(views, verify=True) for _ in range(3)]  # type: ignore[arg-type]
+    under_way = []
+    with served.still:
+        for seed, one in enumerate(made):
+            one.refresh()
+            hidden, ids, weights = layer(50, seed)
+            order = cpu.sort(ids, EXPERTS)
+            results = torch.zeros((ids.numel(), WIDTH), dtype=torch.bfloat16)
+            one.begin()
+            under_way.append((one, hidden, ids, weights, order, results, sent_at_last(one, hidden, order)))
+        deadline = time.monotonic() + 10
+        while len(served.worker.queue) < 3 and time.monotonic() < deadline:
+            served.worker.admit()
+    for one, hidden, ids, weights, order, results, call in under_way:
+        assert one.collect([call], results) == []
+        cpu.run(hidden, order, experts(), results, first=OWN.start, last=OWN.stop)
+        whole = cpu.moe(hidden, ids, weights, experts())
+        assert torch.equal(cpu.combine(results, order.place, weights, dtype=hidden.dtype), whole)
+        one.close()
+    assert (served.worker.served.runs, served.worker.served.calls) == (1, 3)
+
+
+def test_a_worker_that_stands_still_is_given_up_and_its_late_answer_harms_nothing(
+    caller: Caller, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncep_sgl.experts.calls.estimate.FIRST_SECONDS", 0.1)
+    hidden, ids, weights = layer(20)
+    order = cpu.sort(ids, EXPERTS)
+    results = torch.zeros((ids.numel(), WIDTH), dtype=torch.bfloat16)
+    with served.still:
+        caller.begin()
+        call = sent_at_last(caller, hidden, order)
+        assert caller.collect([call], results) == [call]
+    assert caller.counts.late == 1
+    # Another layer's rows: the answer to the first call comes among them, and is nobody's.
+    hidden, ids, weights = layer(30, seed=1)
+    order = cpu.sort(ids, EXPERTS)
+    results = torch.zeros((ids.numel(), WIDTH), dtype=torch.bfloat16)
+    monkeypatch.setattr("asyncep_sgl.experts.calls.estimate.FIRST_SECONDS", 30.0)
+    caller.begin()
+    assert caller.collect([sent_at_last(caller, hidden, order)], results) == []
+    cpu.run(hidden, order, experts(), results, first=OWN.start, last=OWN.stop)
+    assert torch.equal(
+        cpu.combine(results, order.place, weights, dtype=hidden.dtype), cpu.moe(hidden, ids, weights, experts())
+    )
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [({"of": 9}, "no experts of layer 9 are here"), ({"run": range(2, 8)}, "are not all on this host")],
+)
+def test_what_a_worker_cannot_compute_is_declined_at_once(
+    caller: Caller, how: dict[str, Any], words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    hidden, ids, _ = layer(20)
+    order = cpu.sort(ids, EXPERTS)
+    results = torch.zeros((ids.numel(), WIDTH), dtype=torch.bfloat16)
+    caller.begin()
+    call = sent_at_last(caller, hidden, order, **how)
+    assert caller.collect([call], results) == [call]
+    assert caller.counts.declined == 1
+    assert words in caplog.text
+
+
+@pytest.mark.parametrize("side", ["hidden states", "products"])
+def test_what_changes_on_its_way_is_seen(
+    caller: Caller, side: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each side compares what came with the other's digest."""
+    true: Callable[..., int] = caller_module.fingerprint
+    # A call is of two frames, an answer of one.
+    spoilt, of = {"hidden states": (caller_module, 2), "products": (worker_module, 1)}[side]
+    monkeypatch.setattr(spoilt, "fingerprint", lambda *frames: true(*frames) ^ (len(frames) == of))
+    hidden, ids, _ = layer(20)
+    order = cpu.sort(ids, EXPERTS)
+    results = torch.zeros((ids.numel(), WIDTH), dtype=torch.bfloat16)
+    caller.begin()
+    call = sent_at_last(caller, hidden, order)
+    assert caller.collect([call], results) == [call]
+    assert caller.counts.declined == 1
+    assert caller.counts.digest_failures == (side == "products")
+    assert "came otherwise than it was sent" in caplog.text
+
+
+def test_nonsense_on_the_port_hurts_nobody(caller: Caller, served: Served) -> None:
+    context = zmq.Context()
+    stranger = context.socket(zmq.DEALER)
+    stranger.connect(served.address)
+    for frames in ([b""], [b"\xff" * 50, b"", b""], [b"x"] * 9, [b"\x93"]):
+        stranger.send_multipart(frames)
+    hidden, ids, _ = layer(20)
+    order = cpu.sort(ids, EXPERTS)
+    results = torch.zeros((ids.numel(), WIDTH), dtype=torch.bfloat16)
+    caller.begin()
+    assert caller.collect([sent_at_last(caller, hidden, order)], results) == []
+    stranger.close(linger=0)
+    context.term()
+
+
+def test_who_is_away_is_not_asked_and_who_starts_anew_is(caller: Caller, served: Served) -> None:
+    assert caller.able() == {1}
+    views = caller._views
+    views.address = ""  # type: ignore[attr-defined]
+    caller.refresh()
+    assert caller.able() == frozenset()
+    other = Served()
+    try:
+        views.address = other.address  # type: ignore[attr-defined]
+        caller.refresh()
+        hidden, ids, _ = layer(20)
+        order = cpu.sort(ids, EXPERTS)
+        results = torch.zeros((ids.numel(), WIDTH), dtype=torch.bfloat16)
+        caller.begin()
+        assert caller.collect([sent_at_last(caller, hidden, order)], results) == []
+        assert (served.worker.served.calls, other.worker.served.calls) == (0, 1)
+    finally:
+        other.stop()

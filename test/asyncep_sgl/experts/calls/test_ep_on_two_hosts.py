@@ -1,0 +1,163 @@
+"""`--asyncep-strategy ep` on two emulated hosts, two ranks each: one host's bits, whatever happens to the workers."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import psutil
+import pytest
+import server as servers
+from server import Server
+from two_hosts import Hosts, NoNamespacesError, two_hosts
+
+pytestmark = pytest.mark.server
+
+PORT, LABELS = 30000, [3, 40, 500]
+
+
+class Pair(NamedTuple):
+    hosts: Hosts
+    one: Server
+    other: Server
+    alone: Server
+
+
+def prompts(count: int, seed: int) -> list[list[int]]:
+    numbers = random.Random(seed)
+    return [[numbers.randrange(3, 512) for _ in range(numbers.randrange(20, 300))] for _ in range(count)]
+
+
+def one_by_one(server: Server, wanted: list[list[int]]) -> list[list[float]]:
+    """Each prompt in a batch of its own: attention sums in another order where several share one."""
+    return [server.log_probabilities([prompt], LABELS)[0] for prompt in wanted]
+
+
+@pytest.fixture(scope="module")
+def pair(
+    tiny_model: Callable[[str], Path], serve: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pair]:
+    started: list[Server] = []
+    try:
+        with two_hosts("100mbit") as hosts:
+            for host in (1, 0):
+                command = [sys.executable, "-m", "asyncep", "serve", "--model-path", str(tiny_model("qwen3_moe"))]
+                command += ["--dp-size", "2", "--asyncep-strategy", "ep", "--asyncep-patience-secs", "6"]
+                command += ["--nnodes", "2", "--node-rank", str(host), "--dist-init-addr", hosts.rendezvous]
+                command += ["--host", "0.0.0.0", "--port", str(PORT), "--device", "cpu"]
+                log = tmp_path_factory.mktemp("host") / "log.txt"
+                started.append(servers.run(hosts.command(host, command), hosts.url(host, PORT), log))
+            other, one = started
+            alone = serve(tiny_model("qwen3_moe"), "--device", "cpu", ranks=1)
+            for server in started:
+                servers.wait_ready(server)
+            yield Pair(hosts, one, other, alone)
+    except NoNamespacesError as error:
+        pytest.skip(str(error))
+    finally:
+        for server in started:
+            server.stop(signal.SIGKILL)
+
+
+def calls(server: Server) -> dict[str, float]:
+    """What its ranks have said of their calls, added up."""
+    reports = server.status()["calls"]
+    return {name: sum(report[name] for report in reports) for name in reports[0] if name not in ("rank", "type")}
+
+
+def worker(server: Server) -> psutil.Process:
+    launcher = psutil.Process(server.process.pid)
+    return next(p for p in launcher.children(recursive=True) if "asyncep_sgl.experts.calls.worker" in p.cmdline())
+
+
+def metric(server: Server, name: str) -> float:
+    text = httpx.get(server.url + "/metrics", timeout=30).text
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name))
+
+
+def test_answers_are_bit_for_bit_those_of_one_host(pair: Pair) -> None:
+    wanted = prompts(12, seed=1)
+    expected = one_by_one(pair.alone, wanted)
+    assert one_by_one(pair.one, wanted) == expected
+    assert one_by_one(pair.other, wanted) == expected
+    for server in (pair.one, pair.other):
+        found = calls(server)
+        assert found["layers"] == 2 * 2  # of three layers the first is kept by both
+        assert found["sent"] > 0
+        assert found["fetched_rows"] == 0, server.log.read_text()
+        assert metric(server, "asyncep_calls_sent_total") == found["sent"]
+        assert metric(server, "asyncep_served_rows_total") > 0
+    assert pair.one.status()["gathers"] == []
+
+
+def test_both_hosts_at_once(pair: Pair) -> None:
+    """Each computes its own requests and the other's rows."""
+    wanted = prompts(30, seed=2)
+    expected = one_by_one(pair.alone, wanted)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(one_by_one, (pair.one, pair.other), (wanted, wanted)))
+    assert found == [expected, expected]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)
+def test_a_worker_that_goes_costs_nothing_but_time(pair: Pair, how: signal.Signals) -> None:
+    """Killed it is started again; stopped, it is told to go on. Meanwhile its experts are fetched."""
+    wanted = prompts(40, seed=3)
+    expected = one_by_one(pair.alone, wanted)
+    gone = worker(pair.other)
+    found: list[Any] = []
+    asking = threading.Thread(target=lambda: found.append(one_by_one(pair.one, wanted)))
+    asking.start()
+    gone.send_signal(how)
+    asking.join(240)
+    assert found == [expected]
+    deadline = time.monotonic() + 60
+    while calls(pair.one)["fetched_rows"] == 0 or metric(pair.one, "asyncep_calls_fetched_rows_total") == 0:
+        assert time.monotonic() < deadline
+        one_by_one(pair.one, wanted[:1])
+    # It is asked again once it is back.
+    while True:
+        before = calls(pair.one)
+        assert one_by_one(pair.one, wanted[:5]) == expected[:5]
+        time.sleep(1.1)
+        one_by_one(pair.one, wanted[:1])
+        after = calls(pair.one)
+        if after["sent"] > before["sent"] and after["fetched_rows"] == before["fetched_rows"]:
+            break
+        assert time.monotonic() < deadline, pair.one.log.read_text()[-3000:]
+    if how == signal.SIGKILL:
+        assert worker(pair.other).pid != gone.pid
+
+
+def test_the_link_is_out_for_a_while(pair: Pair) -> None:
+    wanted = prompts(6, seed=4)
+    expected = one_by_one(pair.alone, wanted)
+    pair.hosts.link(up=False)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(one_by_one, pair.one, wanted)
+        time.sleep(2)
+        assert not answer.done()
+        pair.hosts.link(up=True)
+        assert answer.result(120) == expected
+
+
+def test_hosts_of_another_strategy_are_told_apart(pair: Pair) -> None:
+    """Both keep a worker and an exporter, and nothing else beside the front."""
+    for server in (pair.one, pair.other):
+        beside = {
+            part.rpartition(".")[2]
+            for child in psutil.Process(server.process.pid).children()
+            for part in child.cmdline()
+            if part.startswith("asyncep_sgl.experts.")
+        }
+        assert beside == {"exporter", "worker"}
+        assert os.sched_getaffinity(worker(server).pid)
