@@ -84,7 +84,7 @@ class Sizes:
 
 
 # About a quarter of an hour on two cores.
-FULL = Sizes(machinery=1_000_000, over_http=300_000, kills=200_000, bbc=600, spam=1000, batch=500)
+FULL = Sizes(machinery=1_000_000, over_http=1_000_000, kills=200_000, bbc=600, spam=1000, batch=500)
 QUICK = Sizes(machinery=30_000, over_http=30_000, kills=20_000, bbc=48, spam=24, batch=48)
 
 

@@ -47,9 +47,10 @@ class WholeFiles(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no typ
         return "one after the other" if Path(file).name in ONE_AFTER_THE_OTHER else file
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> WholeFiles:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> WholeFiles | None:
     """Groups by mark (``--dist loadgroup``) have no effect with the locked versions of pytest and xdist."""
-    return WholeFiles(config, log)
+    return WholeFiles(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 @pytest.fixture(scope="session")

@@ -26,16 +26,19 @@ class Names:
 NATIVE = Names()
 # The fields that an error begins with, with commas between.
 _FIELDS = re.compile(r"[a-z_.]+(?:, [a-z_.]+)*(?=[:\[])")
-_OPENAI = {"min_new_tokens": "min_tokens", "sampling_seed": "seed", "logprob_start_len": "echo"}
+_OPENAI = {"min_new_tokens": "min_tokens", "sampling_seed": "seed"}
+_CHAT = Names(
+    *("messages", "messages", "max_completion_tokens (or max_tokens)"),
+    {**_OPENAI, "top_logprobs_num": "top_logprobs"},
+)
 _OTHERS = {
-    "/v1/completions": Names("prompt", "prompt", "max_tokens", {**_OPENAI, "top_logprobs_num": "logprobs"}),
-    "/v1/chat/completions": Names(
-        *("messages", "messages", "max_completion_tokens (or max_tokens)"),
-        {**_OPENAI, "top_logprobs_num": "top_logprobs"},
+    "/v1/completions": Names(
+        *("prompt", "prompt", "max_tokens"), {**_OPENAI, "top_logprobs_num": "logprobs", "logprob_start_len": "echo"}
     ),
+    "/v1/chat/completions": _CHAT,
+    "/invocations": _CHAT,
     "/v1/messages": Names("messages", "messages", "max_tokens"),
     "/v1/responses": Names("input", "input", "max_output_tokens"),
-    "/invocations": Names("messages", "messages", "max_tokens"),
     "/api/chat": Names("messages", "messages", "options.num_predict"),
     "/api/generate": Names("prompt", "prompt", "options.num_predict"),
     "/v1/score": Names("query, items", "query, items"),

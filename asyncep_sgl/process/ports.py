@@ -43,9 +43,10 @@ def _take(port: int) -> bool:
     mark = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
         mark.bind(f"\0asyncep-port-{port}")
-    except OSError:
+    except OSError as error:
         mark.close()
-        return False
+        # Where no such names are to be had, ports are given as if nobody else were.
+        return error.errno != errno.EADDRINUSE
     _given[port] = mark
     if len(_given) > _MOST_GIVEN:
         _, oldest = _given.popitem(last=False)

@@ -103,7 +103,10 @@ def judged(runtime: Runtime) -> int:
     """A warning that a user may want to be an error."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always", LabelMassWarning)
-        runtime.classify(["x"], ["an improbable label", "another of the kind"])
+        labels = ["an improbable label", "another of the kind"]
+        runtime.classify(["x"], labels)
+        assert seen[0].filename == __file__
+        list(runtime.classify((f"text {i}" for i in range(200)), labels))
     return len(seen)
 
 

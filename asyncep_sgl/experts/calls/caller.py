@@ -12,10 +12,11 @@ import msgspec
 import torch
 import zmq
 
-from asyncep_sgl.experts.calls.estimate import Estimate, Trust
+from asyncep_sgl.experts.calls.estimate import LATE_SECONDS, Estimate, Trust
 from asyncep_sgl.experts.calls.frames import fingerprint, on, raw
 from asyncep_sgl.experts.calls.messages import Answer, Call, Declined, decode_answer, encode
-from asyncep_sgl.experts.group.view import ViewClient
+from asyncep_sgl.experts.group.peers import View
+from asyncep_sgl.experts.group.view import ViewLine
 from asyncep_sgl.process.zmq_end import ends_with
 
 logger = logging.getLogger(__name__)
@@ -23,8 +24,8 @@ logger = logging.getLogger(__name__)
 _LOOK_SECONDS = 5.0
 # Without a sign of life from the other end for so long, a connection is taken for broken.
 _HEARTBEAT_MS, _SILENT_MS = 1000, 3000
-# Calls that may be on their way to one worker before a further one is refused: two layers' worth.
-_CALLS_UNDER_WAY = 8
+# Calls that may be on their way to one worker before a further one is refused.
+_CALLS_UNDER_WAY = 64
 
 
 @dataclass(eq=False)
@@ -36,6 +37,8 @@ class _Line:
     socket: zmq.Socket[bytes]
     estimate: Estimate = field(default_factory=Estimate)
     trust: Trust = field(default_factory=Trust)
+    missed_in: int = 0
+    """The layer that it was late or wrong in last, by the number of that layer's first call."""
 
 
 @dataclass(eq=False)
@@ -77,7 +80,7 @@ class Caller:
         clock: seconds.
     """
 
-    def __init__(self, views: ViewClient, *, verify: bool, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, views: ViewLine, *, verify: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self.counts = CallCounts()
         self._views = views
         self._verify = verify
@@ -93,22 +96,33 @@ class Caller:
 
     def close(self) -> None:
         """Hangs up."""
+        self._views.close()
         self._end()
 
     def look(self) -> None:
-        """Finds workers that are new, or that have started anew; every few seconds."""
+        """Finds workers that are new, or that have started anew. Asks every few seconds, and waits for no answer."""
+        if (view := self._views.answer()) is not None:
+            self._learn(view)
         if (now := self._clock()) >= self._look_at:
             self._look_at = now + _LOOK_SECONDS
-            self.refresh()
+            self._views.ask()
 
-    def refresh(self) -> None:
-        """The same now."""
-        for node in self._views.view(descriptors=False).nodes:
+    def refresh(self, seconds: float = 1.0) -> None:
+        """The same now; waits for the answer so long."""
+        self._views.ask()
+        if (view := self._views.answer(seconds)) is not None:
+            self._learn(view)
+
+    def _learn(self, view: View) -> None:
+        for node in view.nodes:
             known = self._lines.get(node.node)
             if known is not None and known.address != node.calls:
                 self._hang_up(known)
             if node.calls and node.node not in self._lines:
-                self._lines[node.node] = self._connect(node.node, node.calls)
+                try:
+                    self._lines[node.node] = self._connect(node.node, node.calls)
+                except zmq.ZMQError as error:
+                    logger.warning("node %d has its worker at %r: %s", node.node, node.calls, error)
 
     def able(self) -> frozenset[int]:
         """Hosts that are worth asking now."""
@@ -153,7 +167,6 @@ class Caller:
             line.socket.send_multipart([encode(call), states, places], zmq.NOBLOCK)
         except zmq.Again:
             # Not connected, or it has not taken earlier ones yet.
-            line.trust.missed(self._clock())
             return None
         now = self._clock()
         self.counts.sent += 1
@@ -172,6 +185,11 @@ class Caller:
         began = self._clock()
         waiting = {(call.line, call.number): call for call in sent}
         late: list[Sent] = []
+        # What has come while this rank computed is there at once.
+        for line in {call.line for call in sent}:
+            late += self._take(line, waiting, results, waited=False)
+        for call in waiting.values():
+            call.late_at = max(call.late_at, began + LATE_SECONDS)
         while waiting:
             now = self._clock()
             for key in [key for key, call in waiting.items() if call.late_at <= now]:
@@ -182,13 +200,14 @@ class Caller:
             ready = {socket for socket, _ in self._poller.poll(max(1, math.ceil((due - now) * 1000)))}
             for line in self._lines.values():
                 if line.socket in ready:
-                    late += self._take(line, waiting, results)
+                    late += self._take(line, waiting, results, waited=True)
         self.counts.wait_seconds += self._clock() - began
         return late
 
     def _given_up(self, call: Sent, now: float) -> Sent:
         self.counts.late += 1
-        call.line.trust.missed(now)
+        self._missed(call.line, now)
+        call.line.estimate.took(len(call.rows), now - call.since)
         logger.warning(
             "node %d has not answered after %.0f ms; its experts are fetched", call.line.node, (now - call.since) * 1e3
         )
@@ -196,8 +215,24 @@ class Caller:
         self._look_at = 0.0
         return call
 
-    def _take(self, line: _Line, waiting: dict[tuple[_Line, int], Sent], results: torch.Tensor) -> list[Sent]:
-        """Everything that has come on a line; calls that were declined or came wrong."""
+    def _missed(self, line: _Line, now: float) -> None:
+        """Once a layer, however many of its calls fail together."""
+        if line.missed_in != self._oldest:
+            line.missed_in = self._oldest
+            line.trust.missed(now)
+
+    def _take(
+        self, line: _Line, waiting: dict[tuple[_Line, int], Sent], results: torch.Tensor, *, waited: bool
+    ) -> list[Sent]:
+        """Everything that has come on a line.
+
+        Args:
+            waited: it comes now; otherwise it may have been there for a while, and nothing is known of its time but
+                that it was shorter.
+
+        Returns:
+            Calls that were declined or came wrong.
+        """
         failed: list[Sent] = []
         while True:
             try:
@@ -219,10 +254,12 @@ class Caller:
             if reason is not None:
                 logger.warning("node %d: %s; its experts are fetched", line.node, reason)
                 self.counts.declined += 1
-                line.trust.missed(now)
+                self._missed(line, now)
                 failed.append(waiting.pop((line, call.number)))
             elif not call.left:
-                line.estimate.took(len(call.rows), now - call.since)
+                seconds, expected = now - call.since, line.estimate.expected(len(call.rows))
+                if waited or expected is None or seconds < expected:
+                    line.estimate.took(len(call.rows), seconds)
                 line.trust.answered()
                 del waiting[line, call.number]
             else:
@@ -231,12 +268,15 @@ class Caller:
     def _place(self, call: Sent, answer: Answer, frames: Sequence[zmq.Frame], results: torch.Tensor) -> str | None:
         """Puts a part's products where they belong; what is wrong with them."""
         width = results.shape[1] * results.element_size()
-        if len(frames) != 1 or not (answer.row >= 0 and answer.row + answer.rows <= len(call.rows)):
+        # Parts come in order, so that none is missing when the last is there.
+        in_order = answer.row == len(call.rows) - call.left and 0 < answer.rows <= call.left
+        if len(frames) != 1 or not in_order:
             return "its answer is not of the rows that it was asked for"
         buffer = frames[0].buffer
-        if len(buffer) != answer.rows * width or answer.rows > call.left:
+        if len(buffer) != answer.rows * width:
             return f"its answer has {len(buffer)} bytes for {answer.rows} rows"
-        if self._verify and fingerprint(buffer) != answer.digest:
+        # 0 is of a host that does not check.
+        if self._verify and answer.digest and fingerprint(buffer) != answer.digest:
             self.counts.digest_failures += 1
             return "its answer came otherwise than it was sent"
         start = call.rows.start + answer.row

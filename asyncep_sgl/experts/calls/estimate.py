@@ -8,9 +8,11 @@ from dataclasses import dataclass
 _LEAST_ROWS = 64
 # What is slower than expected counts at once, what is faster little by little.
 _SLOWER, _FASTER = 0.5, 0.05
-# A call is late after so many times what it is expected to take, and never sooner than so many seconds.
+# A call is late after so many times what it is expected to take, never sooner than after so many seconds, and never
+# later.
 LATE_FACTOR = 4.0
 LATE_SECONDS = 0.05
+MOST_SECONDS = 5.0
 # While nothing is known.
 FIRST_SECONDS = 2.0
 
@@ -29,10 +31,10 @@ class Estimate:
     def late(self, rows: int) -> float:
         """Seconds without an answer after which a call is late."""
         expected = self.expected(rows)
-        return FIRST_SECONDS if expected is None else max(LATE_SECONDS, LATE_FACTOR * expected)
+        return FIRST_SECONDS if expected is None else min(MOST_SECONDS, max(LATE_SECONDS, LATE_FACTOR * expected))
 
     def took(self, rows: int, seconds: float) -> None:
-        """A call was answered whole."""
+        """A call was answered whole after so long, or given up."""
         per_row = seconds / (_LEAST_ROWS + rows)
         known = self._seconds_per_row
         if known is None:

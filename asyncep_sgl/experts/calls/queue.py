@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -48,6 +49,9 @@ class CallQueue(Generic[Payload]):
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    def __iter__(self) -> Iterator[Waiting[Payload]]:
+        return iter(self._waiting)
 
     def add(self, entry: Waiting[Payload]) -> None:
         """A call has come. Earlier ones of the same caller that it says nobody waits for are dropped."""

@@ -45,6 +45,10 @@ _REPORT_SECONDS = 1.0
 _PART_BYTES = 256 << 10
 # The largest call: more tokens than any rank has in a batch.
 _MOST_TOKENS = 1 << 16
+# What may wait: beyond it calls are declined, and their callers fetch.
+_MOST_WAITING_BYTES = 512 << 20
+# Messages that are taken in before something is computed.
+_MOST_AT_ONCE = 64
 
 
 class LayerExperts(NamedTuple):
@@ -61,6 +65,11 @@ class Payload(NamedTuple):
 
     hidden: memoryview
     order: memoryview
+
+    @property
+    def nbytes(self) -> int:
+        """Of both."""
+        return len(self.hidden) + len(self.order)
 
 
 @dataclass
@@ -104,6 +113,10 @@ class Worker:
         self._between = between
         self._workspace = Workspace()
 
+    def report(self) -> ServedReport:
+        """For the launcher and whoever asks it."""
+        return ServedReport(**vars(self.served), dropped=self.queue.dropped)
+
     def turn(self, seconds: float) -> None:
         """Waits for a call, at most so long, and computes the layer whose turn it is."""
         if not len(self.queue):
@@ -113,8 +126,8 @@ class Worker:
             self._compute(batch)
 
     def admit(self) -> None:
-        """Takes in what has come."""
-        while True:
+        """Takes in what has come, some at a time."""
+        for _ in range(_MOST_AT_ONCE):
             try:
                 caller, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
@@ -143,10 +156,13 @@ class Worker:
         if len(frames) != 2 or len(frames[1].buffer) % 4:
             return "it has other frames than hidden states and an order"
         hidden, order = (frame.buffer for frame in frames)
-        if self._verify and fingerprint(hidden, order) != call.digest:
+        # 0 is of a host that does not check.
+        if self._verify and call.digest and fingerprint(hidden, order) != call.digest:
             return "it came otherwise than it was sent"
         if not len(order):
             return "it has no rows"
+        if sum(entry.payload.nbytes for entry in self.queue) + len(hidden) > _MOST_WAITING_BYTES:
+            return "too much waits here already"
         return fault(call, layer.shape, layer.held, len(hidden), np.frombuffer(order, dtype=np.int32))
 
     def _compute(self, batch: list[Waiting[Payload]]) -> None:
@@ -243,19 +259,20 @@ def main() -> None:
     layers = experts_of(export)
     try:
         socket, address = listen(config.group, [layer.shape for layer in layers.values()])
-    except zmq.ZMQError as error:
+    except (OSError, zmq.ZMQError) as error:
         store.ask(Failed(-1, f"the worker cannot listen on the link: {error}"), Done, patience=1.0)
         raise SystemExit(1) from error
     line = _Announcer(config.group.exporter_address, address)
     worker = Worker(socket, layers, verify=config.group.verify == "every", between=line.speak)
-    told, report_at = 0, 0.0
+    told, on_its_way, report_at = worker.report(), False, 0.0
     while True:
         line.speak()
         worker.turn(_ANNOUNCE_SECONDS)
-        now = time.monotonic()
-        if worker.served.calls > told and now >= report_at:
-            told, report_at = worker.served.calls, now + _REPORT_SECONDS
-            store.ask(ServedReport(**vars(worker.served), dropped=worker.queue.dropped), Done)
+        # A launcher that stands still keeps nobody's rows waiting.
+        on_its_way = on_its_way and store.poll(Done) is None
+        if not on_its_way and time.monotonic() >= report_at and (report := worker.report()) != told:
+            told, on_its_way, report_at = report, True, time.monotonic() + _REPORT_SECONDS
+            store.post(report)
 
 
 class _Announcer:

@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 import zmq
 
+from asyncep_kernels.native import isa
 from asyncep_sgl.config.run import AsyncEPConfig, GroupConfig
 from asyncep_sgl.errors import StoreError
 from asyncep_sgl.experts.group.link import link_host
@@ -268,6 +269,8 @@ def main() -> None:
         resident_experts=group.resident_experts,
         model=group.model,
         version=config.version,
+        strategy=config.strategy,
+        isa="" if config.strategy == "asyncep" else isa.choose().value,
     )
     exporter = Exporter(group, Membership(card, PATIENCE_SECONDS), fail)
     try:

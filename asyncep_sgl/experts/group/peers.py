@@ -20,6 +20,9 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
             everywhere.
         model: fingerprint of its checkpoint.
         version: of this package.
+        strategy: how its experts and tokens come together.
+        isa: instructions that its kernels use, where rows travel and so have to have the same bits everywhere; else
+            empty.
         ready: its experts are in memory and may be read.
         calls: ``tcp://host:port`` where its worker takes calls; empty while it has none.
     """
@@ -35,6 +38,8 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     resident_experts: int
     model: str
     version: str
+    strategy: str = "asyncep"
+    isa: str = ""
     ready: bool = False
     calls: str = ""
 

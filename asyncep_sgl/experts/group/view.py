@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import zmq
 
 from asyncep_sgl.errors import GatherError
 from asyncep_sgl.experts.group.peers import HealthRequest, View, ViewRequest, decode, encode
 from asyncep_sgl.process.zmq_end import ends_with
+
+
+class ViewLine:
+    """Asks now and takes the answer later, for who must not wait. Not for use from several threads."""
+
+    def __init__(self, address: str) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._line = context.socket(zmq.DEALER)
+        self._end = ends_with(self, context, [self._line])
+        self._line.linger = 0
+        # What an exporter that is away has not taken is not worth asking it later.
+        self._line.sndhwm = 2
+        self._line.connect(address)
+
+    def ask(self) -> None:
+        """Who is there? Without descriptors."""
+        with contextlib.suppress(zmq.Again):
+            self._line.send(encode(HealthRequest()), zmq.NOBLOCK)
+
+    def answer(self, seconds: float = 0.0) -> View | None:
+        """The newest answer, waited for so long; None if there is none yet."""
+        found = None
+        while self._line.poll(0 if found else int(seconds * 1000)):
+            message = decode(self._line.recv())
+            found = message if isinstance(message, View) else found
+        return found
+
+    def close(self) -> None:
+        """Hangs up."""
+        self._end()
 
 
 class ViewClient:

@@ -16,7 +16,7 @@ from asyncep_kernels.workspace import Workspace
 from asyncep_sgl.experts.calls.caller import Caller, Sent
 from asyncep_sgl.experts.calls.late import LateExperts
 from asyncep_sgl.experts.calls.owners import whom_to_ask
-from asyncep_sgl.experts.group.view import ViewClient
+from asyncep_sgl.experts.group.view import ViewLine
 from asyncep_sgl.experts.shard.layout import runs
 from asyncep_sgl.experts.start import missing_layers, peer_source
 from asyncep_sgl.experts.store.messages import CallReport, Done
@@ -54,6 +54,7 @@ class CallingRank(RankStrategy):
         self._fetched_rows = 0
         self._steps = 0.0
         self._report_at = 0.0
+        self._wrong = (0, 0, 0)
 
     def loaded(self) -> None:
         """Every rank of the host has written its shard: waits for the other hosts, and for their workers a moment."""
@@ -69,7 +70,7 @@ class CallingRank(RankStrategy):
                 layout.experts, runs(held[group.node]), layout.missing(entry.layer, group.node), held
             )
         self._late = LateExperts(layers, peer_source(manager, group))
-        self._caller = Caller(ViewClient(group.exporter_address), verify=group.verify == "every")
+        self._caller = Caller(ViewLine(group.exporter_address), verify=group.verify == "every")
         self._await_workers(self._caller)
         self._report()
 
@@ -106,7 +107,13 @@ class CallingRank(RankStrategy):
         """Tells the launcher, at most once a second."""
         del passes
         self._steps += seconds
-        if self._caller is not None and time.monotonic() >= self._report_at:
+        if self._caller is None:
+            return
+        counts = self._caller.counts
+        # What went wrong is told at once: the next batch on this rank may be long in coming.
+        wrong = (counts.late, counts.declined, self._fetched_rows)
+        if wrong != self._wrong or time.monotonic() >= self._report_at:
+            self._wrong = wrong
             self._report()
 
     def close(self) -> None:

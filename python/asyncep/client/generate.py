@@ -67,7 +67,8 @@ class GenerateClient:
     Args:
         url: such as ``http://127.0.0.1:30000``.
         api_key: sent as bearer token.
-        certificate: PEM file of the one certificate to trust, whatever host it names; by default the system's.
+        certificate: PEM file of the certificate to trust, whatever host it names and whoever signed it; by default
+            those that the system trusts.
         timeout: seconds without a byte from the server after which a request counts as failed.
 
     A connection has 10 s to come about. A question (every GET) has 30 s in all, tokens of texts 120 s. Work has no
@@ -85,6 +86,8 @@ class GenerateClient:
         self._trust: ssl.SSLContext | bool = True
         if certificate is not None:
             self._trust = ssl.create_default_context(cafile=certificate)
+            # It is trusted for itself, whoever has signed it.
+            self._trust.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
             self._trust.check_hostname = False
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=timeout)

@@ -174,7 +174,7 @@ class Scorer:
         if most is not None and len(prompt) + labels.longest_tail > most:
             return (
                 f"the prompt has {len(prompt) + labels.longest_tail} tokens with its label and the model's context "
-                f"length leaves room for {most}; shorten it, or have texts cut with truncate"
+                f"length leaves room for {most}; shorten it"
             )
         return None
 

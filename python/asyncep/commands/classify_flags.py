@@ -220,8 +220,6 @@ def in_flags(message: str, options: argparse.Namespace) -> str:
     name, colon, rest = message.partition(":")
     if name not in {field.name for field in fields(TaskOptions)}:
         return message
-    if name == "length":
-        return f"--label-length:{rest}"
     if name in ("labels", "descriptions", "words"):
         return f"{labels}: {'' if name == 'labels' else name + ':'}{rest.lstrip() if name == 'labels' else rest}"
     rest = rest.replace("chat=True", "--chat").replace("multi_label", "--multi-label")

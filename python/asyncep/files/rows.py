@@ -176,6 +176,8 @@ class RowSource:
         """Refuses fields that no line has. As a rule the first line has all of them, and is all that is read."""
         missing = self._wanted
         seen: list[str] | None = None
+        first = ""
+        foreign = False
         for number, record in enumerate(records.raw()):
             fields = records.fields(record)
             if not number and self.format.kind == "json" and isinstance(fields, str) and isinstance(records, JsonLines):
@@ -185,9 +187,13 @@ class RowSource:
                 missing = [(argument, name) for argument, name in missing if name not in fields]
                 if not missing:
                     return
-        if seen is None and isinstance(records, JsonLines) and (reason := self._no_object(records)):
+            else:
+                first = first or f"line {record[0]}: {fields}"
+                # In another encoding it may well be an object: it is an error of its row.
+                foreign |= "UTF-8" in fields
+        if seen is None and first and not foreign and isinstance(records, JsonLines):
             raise InputError(
-                f"{self.path}: not one line is a JSON object ({reason}); is it of another kind? Give "
+                f"{self.path}: not one line is a JSON object ({first}); is it of another kind? Give "
                 f"{self.words.input_format}"
             )
         if seen is not None:
@@ -196,17 +202,6 @@ class RowSource:
                 f"{self.path}: no line has a field {name!r}; the first has {', '.join(seen) or 'none'}. "
                 f"Name it with {argument}"
             )
-
-    def _no_object(self, records: Records) -> str | None:
-        """What is wrong with the first of the lines, none of which is an object; None if there is none, or if some are
-        in another encoding: they may well be objects."""
-        first = None
-        for record in records.raw():
-            wrong = records.fields(record)
-            if "UTF-8" in wrong:
-                return None
-            first = first or f"line {record[0]}: {wrong}"
-        return first
 
     def _row(self, number: int, line: int, fields: dict[str, Any] | str) -> Row:
         if isinstance(fields, str):

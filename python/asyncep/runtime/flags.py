@@ -10,7 +10,9 @@ from asyncep.client.errors import OptionError
 from asyncep_router.errors import ConfigError
 from asyncep_router.keys import key_from
 
-_FLAG = re.compile(r"(?<![\w-])--(?!help\b)([a-z][a-z0-9-]*)")
+_FLAG = re.compile(r"(\([^)]*\))|(?<![\w-])--(?!help\b)([a-z][a-z0-9-]*)")
+# A line of ours, which may begin with the command.
+_OURS = re.compile(r"(asyncep[^:]*: )?--")
 
 
 def without_password(url: str | None) -> str:
@@ -19,8 +21,14 @@ def without_password(url: str | None) -> str:
 
 
 def in_python(message: str) -> str:
-    """Words about flags of ``asyncep serve``, as arguments of Python are written."""
-    return _FLAG.sub(lambda found: found[1].replace("-", "_"), message)
+    """Lines of ours about flags of ``asyncep serve``, as arguments of Python are written; what is in brackets stays."""
+    return "\n".join(_FLAG.sub(_argument, line) if _OURS.match(line) else line for line in message.split("\n"))
+
+
+def _argument(found: re.Match[str]) -> str:
+    if found[1]:
+        return found[1]
+    return "model" if found[2] == "model-path" else found[2].replace("-", "_")
 
 
 def key_of(argument: str, given: str | None, variable: str) -> str | None:

@@ -37,8 +37,9 @@ class Life:
         show_start: bool = True,
         **options: Any,
     ) -> None:
-        if not isinstance(model, str | os.PathLike):
+        if not isinstance(model, str | os.PathLike) or not str(model).strip():
             raise OptionError(f"model: a checkpoint's folder or a hub name is needed, not {model!r}")
+        checked_types(**{name: (options.get(name), str | None) for name in _KEYS})
         checked_types(dp_size=(dp_size, int), start_seconds=(start_seconds, float), show_start=(show_start, bool))
         if dp_size < 1:
             raise OptionError(f"dp_size: at least one rank is needed, not {dp_size}")
@@ -79,7 +80,8 @@ class Life:
             ...     len(other.tokenize(["one text", "another"]))
             2
         """
-        runtime = cls("", 1)
+        checked_types(api_key=(api_key, str | None))
+        runtime = cls("a server that runs already", 1)
         runtime._model, runtime._url = None, server_url(url)
         runtime._api_key = key_of("api_key", api_key, "ASYNCEP_API_KEY")
         return runtime

@@ -20,7 +20,7 @@ from asyncep.runtime.life import Life
 from asyncep.runtime.windows import in_order
 from asyncep.tasks.arguments import FileOptions, LabelsGiven, as_declared, path_of, task_options
 from asyncep.tasks.frames import is_array, is_frame, listed, tabular
-from asyncep.tasks.label_mass import warn_of_mass
+from asyncep.tasks.label_mass import StreamMass, mean_mass, warn_of_mass
 from asyncep.tasks.results import Classification, Ranked, Score, TokenLogProbs
 from asyncep.tasks.session import RerankOptions, Session
 from asyncep.tasks.task import PromptOptions, TaskOptions
@@ -234,11 +234,14 @@ class Runtime(Life):
         given: dict[str, Any] = {"text": text, "gold": gold, "keep": keep, "restart": restart, "overwrite": overwrite}
         given |= {"limit": limit, "shard": shard, "input_format": input_format, "output_format": output_format}
         given |= {"encoding": encoding, "delimiter": delimiter, "quote": quote, "header": header}
-        as_declared(given, FileOptions)
+        files = as_declared(given, FileOptions)
         known = None if input_format is None else FileFormat.named(input_format, PYTHON.input_format)
         reading = ReadOptions(known, encoding, delimiter, quote, header)
         spec = JobSpec(
-            RowSource(path_of("source", source), text, gold, tuple(keep), limit, shard, reading, words=PYTHON),
+            RowSource(
+                *(path_of("source", source), text, gold, tuple(keep), files["limit"], files["shard"], reading),
+                words=PYTHON,
+            ),
             path_of("output", output),
             task_options(labels, options),
             restart=restart,
@@ -399,20 +402,22 @@ class Runtime(Life):
 async def _stream(
     session: Session, texts: Iterable[str] | AsyncIterable[str], options: TaskOptions
 ) -> AsyncIterator[Classification]:
-    task = await session.prepare(options)
+    task, mass = await session.prepare(options), StreamMass()
 
     async def work(window: list[str]) -> list[Classification]:
-        return _judged(await session.classify(window, task))
+        found = await session.classify(window, task)
+        mass.add(found)
+        return found
 
     async with contextlib.aclosing(in_order(texts, work)) as results:
         async for result in results:
             yield result
+    mass.judge()
 
 
 def _judged(results: list[Classification]) -> list[Classification]:
     """The same, after a warning where the model would mostly write something else than a label."""
-    masses = [result.label_mass for result in results if result.label_mass is not None]
-    warn_of_mass(sum(masses) / len(masses) if masses else None, 3)
+    warn_of_mass(mean_mass(results), 3)
     return results
 
 

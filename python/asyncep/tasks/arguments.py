@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
@@ -112,7 +113,12 @@ def checked_types(**given: tuple[Any, Any]) -> None:
         OptionError: names the argument.
     """
     for name, (value, kind) in given.items():
-        as_declared({name: value}, msgspec.defstruct("Given", [(name, kind)]))
+        as_declared({name: value}, _holding(name, kind))
+
+
+@cache
+def _holding(name: str, kind: Any) -> type[msgspec.Struct]:
+    return msgspec.defstruct("Given", [(name, kind)])
 
 
 def checked_text(argument: str, value: Any) -> None:

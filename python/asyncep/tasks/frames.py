@@ -124,6 +124,8 @@ def listed(argument: str, values: Any) -> list[Any]:
         if is_frame(values) or library == "datasets":
             raise OptionError(f"{argument}: a frame was given; give one of its columns, such as frame['text']")
         return texts_of(values, "")
+    if is_frame(values) and not isinstance(values, type):
+        raise OptionError(f"{argument}: a frame was given; give one of its columns, such as frame['text']")
     if isinstance(values, str | bytes | Mapping | Set) or not isinstance(values, Iterable):
         raise OptionError(f"{argument}: a list is needed, not {type(values).__name__}")
     if is_array(values):

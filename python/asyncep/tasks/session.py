@@ -9,7 +9,7 @@ import operator
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, SupportsIndex, TypedDict
+from typing import Any, TypedDict
 
 from typing_extensions import Unpack
 
@@ -36,6 +36,8 @@ _TASKS_KEPT = 32
 _END_CHARACTERS = 64
 # What servers call the tokens that are asked about, when they refuse them.
 _OF_TOKENS = "token_ids_logprob"
+# Servers keep them in 32 bits.
+_LARGEST_ID = 2**31 - 1
 
 
 class RerankOptions(TypedDict, total=False):
@@ -182,8 +184,7 @@ class Session:
 
     async def logprobs(self, prompts: Sequence[str | Sequence[int]], token_ids: Sequence[int]) -> list[TokenLogProbs]:
         """See `Runtime.logprobs`."""
-        prompts = [_plain(prompt) for prompt in listed("prompts", prompts)]
-        found = await self._score_tokens(prompts, token_ids, "token_ids")
+        found = await self._score_tokens(list(map(_checked, listed("prompts", prompts))), token_ids, "token_ids")
         return [TokenLogProbs((), s) if isinstance(s, str) else TokenLogProbs(s.scores) for s in found]
 
     async def score(
@@ -197,10 +198,10 @@ class Session:
     ) -> list[Score]:
         """See `Runtime.score`."""
         checked_types(apply_softmax=(apply_softmax, bool), item_first=(item_first, bool))
-        query = _plain(query)
-        if (wrong := _unusable_prompt(query)) is not None:
-            raise OptionError(f"query: {wrong}")
-        prompts = [_joined(query, _plain(item), item_first) for item in listed("items", items)]
+        query = _checked(query)
+        if isinstance(query, Untokenized):
+            raise OptionError(f"query: {query.reason}")
+        prompts = [_joined(query, _checked(item), item_first) for item in listed("items", items)]
         found = await self._score_tokens(prompts, label_token_ids, "label_token_ids")
         return [_score(scores, apply_softmax) for scores in found]
 
@@ -229,9 +230,10 @@ class Session:
         asked = TaskOptions(answers, "{text}")
         try:
             asked.check()
+            label_set = await self._label_set(asked, plain)
         except OptionError as error:
             raise OptionError(str(error).replace("labels:", "answers:", 1)) from None
-        task = Task(asked, (plain,), await self._label_set(asked, plain), special=not chat)
+        task = Task(asked, (plain,), label_set, special=not chat)
         documents = listed("documents", documents)
         found = await self.classify(documents, task)
         ranked = [
@@ -266,18 +268,10 @@ class Session:
         return found
 
     async def _ids(self, prompts: Sequence[str | Sequence[int]]) -> list[Sequence[int]]:
-        """Each prompt's tokens; `Untokenized` for one that has none."""
-        found: list[Sequence[int]] = []
-        for prompt in prompts:
-            wrong = _unusable_prompt(prompt)
-            found.append(Untokenized(wrong) if wrong is not None else () if isinstance(prompt, str) else prompt)
-        texts = [
-            number for number, prompt in enumerate(prompts) if isinstance(prompt, str) and not _refused(found[number])
-        ]
-        encoded = await self.tokens.encode([str(prompts[number]) for number in texts])
-        for number, ids in zip(texts, encoded, strict=True):
-            found[number] = ids
-        return found
+        """Tokens of prompts that are `_checked`."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        encoded = iter(await self.tokens.encode(texts))
+        return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 @contextlib.asynccontextmanager
@@ -318,46 +312,57 @@ def _unusable(text: object) -> str:
     return f"the text has {HALF}" if is_broken(text) else ""
 
 
-def _unusable_prompt(prompt: object) -> str | None:
-    """Why a prompt of text or token ids cannot be scored."""
-    if isinstance(prompt, str):
-        return f"the text has {HALF}" if is_broken(prompt) else None
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-        return f"a string or a list of token ids is needed, not {type(prompt).__name__}"
-    for token in prompt:
-        if isinstance(token, bool) or not isinstance(token, SupportsIndex):
-            return f"a list of token ids is needed; {token!r} is no whole number"
-    return None
+def _checked(prompt: Any) -> str | Sequence[int]:
+    """A prompt as text or as token ids of Python's own; `Untokenized` for one that is neither."""
+    given = prompt.tolist() if is_array(prompt) else prompt
+    if isinstance(given, str):
+        return Untokenized(f"the text has {HALF}") if is_broken(given) else given
+    if not isinstance(given, Sequence) or isinstance(given, bytes):
+        return Untokenized(f"a string or a list of token ids is needed, not {type(given).__name__}")
+    # The usual case, without a step in Python for each token.
+    if set(map(type, given)) <= {int}:
+        ids: Sequence[int] = given
+    else:
+        try:
+            ids = [_index(token) for token in given]
+        except TypeError:
+            return Untokenized("a list of token ids is needed, and not all of it are whole numbers")
+    if ids and not (min(ids) >= 0 and max(ids) <= _LARGEST_ID):
+        odd = next(token for token in ids if not 0 <= token <= _LARGEST_ID)
+        return Untokenized(f"{odd} is no token id")
+    return ids
 
 
-def _plain(prompt: Any) -> Any:
-    """An array of token ids as a list."""
-    return prompt.tolist() if is_array(prompt) else prompt
-
-
-def _refused(ids: object) -> bool:
-    return isinstance(ids, Untokenized)
+def _index(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError("a truth value")
+    return operator.index(value)
 
 
 def _joined(query: str | Sequence[int], item: str | Sequence[int], item_first: bool) -> str | Sequence[int]:
+    """Both of them `_checked`."""
+    if isinstance(item, Untokenized):
+        return item
     if isinstance(query, str) and isinstance(item, str):
         return item + query if item_first else query + item
     if isinstance(query, str) or isinstance(item, str):
         raise OptionError("query, items: give both as text or both as token ids")
-    # What is no list of tokens is told by its type.
-    if _unusable_prompt(item) is not None:
-        return item
     return [*item, *query] if item_first else [*query, *item]
 
 
 def _one_token_each(token_ids: Sequence[int], argument: str) -> LabelSet:
+    ids = []
     for token in listed(argument, token_ids):
-        if isinstance(token, bool) or not isinstance(token, SupportsIndex) or operator.index(token) < 0:
+        try:
+            ids.append(_index(token))
+        except TypeError:
+            ids.append(-1)
+        if not 0 <= ids[-1] <= _LARGEST_ID:
             raise OptionError(f"{argument}: {token!r} is no token id; whole numbers from 0 on are needed")
     try:
-        return LabelSet([[operator.index(token)] for token in token_ids])
+        return LabelSet([[token] for token in ids])
     except OptionError:
-        raise OptionError(f"{argument}: at least one is needed, and each once, not {list(token_ids)}") from None
+        raise OptionError(f"{argument}: at least one is needed, and each once, not {ids}") from None
 
 
 def _score(scores: LabelScores | str, apply_softmax: bool) -> Score:

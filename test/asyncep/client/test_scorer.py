@@ -71,8 +71,7 @@ def test_prompts_too_long_for_the_model_are_not_sent() -> None:
     server = ToyServer()
     found, _, _ = score([[1] * 4000, [2, 3]], server)
     assert found[0] == (
-        "the prompt has 4001 tokens with its label and the model's context length leaves room for 4000; shorten it, or "
-        "have texts cut with truncate"
+        "the prompt has 4001 tokens with its label and the model's context length leaves room for 4000; shorten it"
     )
     assert isinstance(found[1], LabelScores)
     assert all(len(ids) < 10 for ids in server.prompts)

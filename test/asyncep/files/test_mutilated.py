@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from toy_model import ByteTokens, ToyServer, toy_facts
 
 from asyncep.cli import main
+from asyncep.client import generate
 from asyncep.files.rows import InputError, Row, RowSource
 from asyncep.jobs.run import run_job
 from asyncep.jobs.spec import JobSpec
@@ -268,6 +269,57 @@ def test_a_job_of_such_a_file_is_refused_before_anything_is_started(
     assert main([*command, "--url", "http://127.0.0.1:9"]) == 2
     assert re.search(words, capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def columns(kind: str, names: list[str]) -> bytes:
+    """A row or two of these columns, which may be called the same."""
+    sink = io.BytesIO()
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a", "b"]) for _ in names], names=names)
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, sink)
+    elif kind == "arrow":
+        with pyarrow.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    elif kind == "jsonl":
+        sink.write(json.dumps(dict.fromkeys(names, "a")).encode() + b"\n")
+    else:
+        mark = "\t" if kind == "tsv" else ","
+        sink.write("\n".join(mark.join(row) for row in (names, ["a"] * len(names), ["b"] * len(names))).encode())
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet", "arrow"])
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["text", "id"], None),
+        (["text"], "'id'.*--keep"),
+        (["body", "id"], "'text'.*--text-field"),
+        (["text", "id", "text"], "2 columns are called 'text'"),
+        (["text", "id", "id"], "2 columns are called 'id'"),
+    ],
+)
+def test_columns_that_are_missing_or_twice_are_refused_by_name(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    names: list[str],
+    words: str | None,
+) -> None:
+    if kind == "jsonl" and len(set(names)) < len(names):
+        pytest.skip("an object has each name once")
+    monkeypatch.setattr(generate, "_FIRST_WAIT_SECONDS", 0.0)
+    (tmp_path / f"in.{kind}").write_bytes(columns(kind, names))
+    command = ["classify", str(tmp_path / f"in.{kind}"), str(tmp_path / "out.jsonl"), "--labels", "a,b", "--keep", "id"]
+    # Nobody listens there: what is well goes on to fail on that.
+    status = main([*command, "--url", "http://127.0.0.1:9"])
+    said = capsys.readouterr().err
+    if words is None:
+        assert status == 1, said
+    else:
+        assert status == 2, said
+        assert re.search(words, said)
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".csv", ".parquet"])

@@ -345,16 +345,17 @@ except ServerError as error:
 
 
 def own_certificate(folder: Path) -> tuple[Path, Path]:
-    """A certificate that nobody else has signed, for no host, and its key."""
+    """A certificate that somebody unknown has signed, for no host, and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a test")])
     now = datetime.datetime.now(datetime.UTC)
-    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    made = x509.CertificateBuilder().subject_name(name).public_key(key.public_key())
     made = made.serial_number(x509.random_serial_number())
     made = made.not_valid_before(now - datetime.timedelta(1)).not_valid_after(now + datetime.timedelta(1))
-    made = made.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    made = made.issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "somebody")]))
+    signer = ec.generate_private_key(ec.SECP256R1())
     certificate, secret = folder / "certificate.pem", folder / "key.pem"
-    certificate.write_bytes(made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    certificate.write_bytes(made.sign(signer, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
     form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     secret.write_bytes(key.private_bytes(serialization.Encoding.PEM, *form))
     return certificate, secret
@@ -477,7 +478,7 @@ def test_a_users_program(runtime: Runtime, tmp_path: Path, capsys: pytest.Captur
     assert "overwrite=True" in said[1]
     assert public_api_program.connected(runtime.url) == 0
     assert len(asyncio.run(public_api_program.connected_too(runtime.url))) == 1
-    assert public_api_program.judged(runtime) == 1
+    assert public_api_program.judged(runtime) == 2
     assert "labels: at least two" in public_api_program.refused(runtime)
     answers = [*scores, *ranked, *logs, *runtime.classify(["one", ""], ["a", "b"])]
     plain = [json.loads(json.dumps(answer.to_dict())) for answer in answers]

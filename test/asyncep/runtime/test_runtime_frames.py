@@ -280,6 +280,8 @@ def test_a_frame_of_another_library_is_refused_and_not_read_by_its_columns() -> 
     DataFrame.__module__ = "modin.pandas"
     with pytest.raises(OptionError, match="texts: a DataFrame of modin is not taken; give one of its columns"):
         tabular(DataFrame(), "text")
+    with pytest.raises(OptionError, match="documents: a frame was given; give one of its columns"):
+        listed("documents", DataFrame())
 
 
 def test_arrays() -> None:

@@ -113,7 +113,7 @@ def test_score_and_logprobs() -> None:
     assert (refused.error, refused.log_probabilities) == ("refused", ())
     with pytest.raises(OptionError, match="label_token_ids: at least one is needed, and each once"):
         ask(lambda session: session.score(query, items, [1, 1]))
-    for wrong in (-1, 1.5, "5", True, None):
+    for wrong in (-1, 1.5, "5", True, None, 2**40):
         with pytest.raises(OptionError, match=f"token_ids: {wrong!r} is no token id"):
             ask(lambda session, wrong=wrong: session.logprobs(["text"], [5, wrong]))  # type: ignore[misc]
     assert ask(lambda session: session.logprobs(["text"], numpy.array(tokens)))[0] == logs
@@ -190,10 +190,12 @@ def test_half_a_surrogate_pair_is_an_error_of_its_row_or_of_its_argument() -> No
 
 @given(
     st.lists(
-        st.text(max_size=3)
+        st.text(st.characters(exclude_categories=()), max_size=3)
         | st.none()
         | st.integers()
-        | st.lists(st.integers(0, 255) | st.text(max_size=1), max_size=3)
+        | st.lists(st.integers(0, 255) | st.integers() | st.booleans() | st.text(max_size=1), max_size=3)
+        | st.lists(st.integers(0, 255), max_size=3).map(numpy.array)
+        | st.lists(st.integers(0, 255).map(numpy.int64), max_size=3)
     )
 )
 def test_odd_prompts_are_errors_of_their_own(prompts: list[Any]) -> None:
@@ -201,7 +203,12 @@ def test_odd_prompts_are_errors_of_their_own(prompts: list[Any]) -> None:
     assert found[-1].error is None
     for prompt, answer in zip(prompts, found[:-1], strict=True):
         tokens = list(prompt.encode("utf-8", "replace")) if isinstance(prompt, str) else prompt
-        good = isinstance(tokens, list) and tokens and all(isinstance(token, int) for token in tokens)
+        if isinstance(tokens, numpy.ndarray):
+            tokens = tokens.tolist()
+        good = isinstance(tokens, list) and len(tokens) > 0
+        for token in tokens if isinstance(tokens, list) else ():
+            whole = isinstance(token, int | numpy.int64) and not isinstance(token, bool)
+            good = good and whole and 0 <= token < 2**31
         if isinstance(prompt, str) and any("\ud800" <= character <= "\udfff" for character in prompt):
             good = False
         refused = isinstance(tokens, list) and ord("!") in tokens
@@ -215,6 +222,12 @@ class Narrow(ToyServer):
         if any(token >= 100 for probe in probes for token in probe.next_ids):
             raise RejectedError("token_ids_logprob[0]: token id is outside the vocabulary [0, 100)")
         return await super().answer(probes, rank)
+
+
+def test_an_item_that_is_no_prompt_is_its_rows_error() -> None:
+    for query, fine in (("q", "x"), ([5], [6])):
+        found = ask(lambda session, q=query, f=fine: session.score(q, [f, None, 5, float("nan"), f], [5]))  # type: ignore[misc]
+        assert ["needed, not" in (score.error or "") for score in found] == [False, True, True, True, False]
 
 
 @pytest.mark.parametrize("prompts", [["a"], ["a", ""], ["", "a", "x" * 5000, HALF], ["no!", "a"]])

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from asyncep_kernels.moe import cpu
+from asyncep_kernels.moe import cpu, cpu_native
 from asyncep_kernels.moe.stages import Sorted
 from asyncep_kernels.moe.table import ExpertTable
-from asyncep_sgl.experts.calls.estimate import FIRST_SECONDS, LATE_SECONDS, Estimate, Trust
+from asyncep_sgl.experts.calls.estimate import FIRST_SECONDS, LATE_SECONDS, MOST_SECONDS, Estimate, Trust
 from asyncep_sgl.experts.calls.frames import fingerprint, on, raw
 from asyncep_sgl.experts.calls.merge import Rows, merge
 from asyncep_sgl.experts.calls.messages import Call, Shape, fault
@@ -26,6 +26,15 @@ SHAPE = Shape(EXPERTS, WIDTH, 2)
 
 def call(number: int = 1, *, oldest: int = 0, layer: int = 0, first: int = 0, counts: tuple[int, ...] = (1,)) -> Call:
     return Call(number=number, oldest=oldest, layer=layer, first=first, counts=counts, tokens=1)
+
+
+@pytest.fixture(params=["native", "torch"])
+def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In C where this machine can, and by torch's operators."""
+    if request.param == "native" and cpu_native.library() is None:
+        pytest.skip("no C kernels for this CPU")
+    if request.param == "torch":
+        monkeypatch.setattr(cpu_native, "serves", lambda hidden, experts: False)
 
 
 @st.composite
@@ -64,7 +73,8 @@ def products(rows: list[Rows], part_rows: int) -> list[torch.Tensor]:
     return found
 
 
-@settings(max_examples=60)
+@pytest.mark.usefixtures("where")
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(callers(), st.integers(1, 100))
 def test_rows_give_the_same_bits_whoever_they_are_computed_with(rows: list[Rows], part_rows: int) -> None:
     together = products(rows, part_rows)
@@ -175,6 +185,16 @@ def test_every_missing_expert_is_asked_for_once(
             assert set(run) <= holders[other]
 
 
+def test_experts_that_several_hosts_have_are_asked_for_in_few_runs() -> None:
+    """Three hosts with two copies each: a call for each host, not one for each expert."""
+    holders = {0: frozenset(range(64)), 1: frozenset(range(32, 96)), 2: frozenset({*range(64, 96), *range(32)})}
+    missing = frozenset(range(64, 96))
+    asked = whom_to_ask(missing, holders, frozenset({0, 1, 2}), 0, 3)
+    assert asked == ((1, range(64, 80)), (2, range(80, 96)))
+    assert whom_to_ask(missing, holders, frozenset({2}), 0, 3) == ((2, range(64, 96)),)
+    assert whom_to_ask(missing, holders, frozenset(), 0, 3) == ((None, range(64, 96)),)
+
+
 def test_a_call_is_late_after_four_times_what_calls_take() -> None:
     estimate = Estimate()
     assert estimate.expected(100) is None
@@ -187,6 +207,7 @@ def test_a_call_is_late_after_four_times_what_calls_take() -> None:
     for _ in range(500):
         estimate.took(936, 0.001)
     assert estimate.late(936) == LATE_SECONDS
+    assert estimate.late(10**9) == MOST_SECONDS
     # What becomes slower is believed at once.
     estimate.took(936, 10.0)
     assert estimate.expected(936) == pytest.approx(5.0, rel=0.01)

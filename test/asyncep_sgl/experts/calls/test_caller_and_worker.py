@@ -16,7 +16,7 @@ from asyncep_kernels.moe.table import ExpertTable
 from asyncep_sgl.experts.calls import caller as caller_module
 from asyncep_sgl.experts.calls import worker as worker_module
 from asyncep_sgl.experts.calls.caller import Caller, Sent
-from asyncep_sgl.experts.calls.messages import Shape
+from asyncep_sgl.experts.calls.messages import Answer, Shape
 from asyncep_sgl.experts.calls.worker import LayerExperts, Worker
 from asyncep_sgl.experts.group.peers import NodeView, View
 
@@ -37,9 +37,15 @@ class Views:
     def __init__(self) -> None:
         self.address = ""
 
-    def view(self, *, descriptors: bool = True) -> View:
-        del descriptors
+    def ask(self) -> None:
+        """Nothing is sent."""
+
+    def answer(self, seconds: float = 0.0) -> View:
+        del seconds
         return View((NodeView(1, "tcp://nowhere", True, None, self.address),), ())
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class Served:
@@ -66,6 +72,12 @@ class Served:
         self.end.set()
         self._thread.join()
         self.socket.close()
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests share two cores with others: what is not about being late is not late."""
+    monkeypatch.setattr(caller_module, "LATE_SECONDS", 30.0)
 
 
 @pytest.fixture
@@ -161,6 +173,7 @@ def test_a_worker_that_stands_still_is_given_up_and_its_late_answer_harms_nothin
     caller: Caller, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("asyncep_sgl.experts.calls.estimate.FIRST_SECONDS", 0.1)
+    monkeypatch.setattr(caller_module, "LATE_SECONDS", 0.05)
     hidden, ids, weights = layer(20)
     order = cpu.sort(ids, EXPERTS)
     results = torch.zeros((ids.numel(), WIDTH), dtype=torch.bfloat16)
@@ -173,7 +186,7 @@ def test_a_worker_that_stands_still_is_given_up_and_its_late_answer_harms_nothin
     hidden, ids, weights = layer(30, seed=1)
     order = cpu.sort(ids, EXPERTS)
     results = torch.zeros((ids.numel(), WIDTH), dtype=torch.bfloat16)
-    monkeypatch.setattr("asyncep_sgl.experts.calls.estimate.FIRST_SECONDS", 30.0)
+    monkeypatch.setattr(caller_module, "LATE_SECONDS", 30.0)
     caller.begin()
     assert caller.collect([sent_at_last(caller, hidden, order)], results) == []
     cpu.run(hidden, order, experts(), results, first=OWN.start, last=OWN.stop)
@@ -219,12 +232,78 @@ def test_what_changes_on_its_way_is_seen(
     assert "came otherwise than it was sent" in caplog.text
 
 
-def test_nonsense_on_the_port_hurts_nobody(caller: Caller, served: Served) -> None:
+def test_what_came_while_the_rank_computed_is_not_late(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long that was; and nothing is learned from it but that it was no longer."""
+    monkeypatch.setattr("asyncep_sgl.experts.calls.estimate.FIRST_SECONDS", 0.01)
+    hidden, ids, _ = layer(20)
+    order = cpu.sort(ids, EXPERTS)
+    results = torch.zeros((ids.numel(), WIDTH), dtype=torch.bfloat16)
+    caller.begin()
+    call = sent_at_last(caller, hidden, order)
+    time.sleep(0.3)
+    monkeypatch.setattr(caller_module, "LATE_SECONDS", 0.0)
+    assert caller.collect([call], results) == []
+    assert caller.counts.late == 0
+
+
+def test_a_call_that_is_given_up_teaches_how_long_calls_take(
+    caller: Caller, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, ids, _ = layer(20)
+    order = cpu.sort(ids, EXPERTS)
+    results = torch.zeros((ids.numel(), WIDTH), dtype=torch.bfloat16)
+    with served.still:
+        caller.begin()
+        call = sent_at_last(caller, hidden, order)
+        call.late_at = 0.0
+        monkeypatch.setattr(caller_module, "LATE_SECONDS", 0.2)
+        assert caller.collect([call], results) == [call]
+    assert (call.line.estimate.expected(len(call.rows)) or 0) >= 0.2
+    assert call.line.trust.misses == 1
+
+
+def test_hosts_that_do_not_check_and_hosts_that_do(served: Served) -> None:
+    views = Views()
+    views.address = served.address
+    trusting = Caller(views, verify=False)  # type: ignore[arg-type]
+    trusting.refresh()
+    hidden, ids, _ = layer(20)
+    order = cpu.sort(ids, EXPERTS)
+    results = torch.zeros((ids.numel(), WIDTH), dtype=torch.bfloat16)
+    trusting.begin()
+    assert trusting.collect([sent_at_last(trusting, hidden, order)], results) == []
+    trusting.close()
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [[(0, 2), (0, 2)], [(2, 2), (0, 2)], [(0, 0), (0, 4)], [(0, 3), (2, 2)], [(1, 4)], [(-1, 4)]],
+    ids=str,
+)
+def test_parts_that_overlap_or_leave_rows_out_are_no_answer(caller: Caller, parts: list[tuple[int, int]]) -> None:
+    hidden, ids, _ = layer(2)
+    order = cpu.sort(ids, EXPERTS)
+    results = torch.zeros((6, WIDTH), dtype=torch.bfloat16)
+    caller.begin()
+    call = sent_at_last(caller, hidden, order)
+    call.rows, call.left = range(4), 4
+    refused = []
+    for row, rows in parts:
+        frame = zmq.Frame(bytes(max(0, rows) * WIDTH * 2))
+        refused.append(caller._place(call, Answer(number=call.number, row=row, rows=rows), [frame], results))
+    assert any(refused)
+
+
+def test_nonsense_on_the_port_hurts_nobody(caller: Caller, served: Served, caplog: pytest.LogCaptureFixture) -> None:
     context = zmq.Context()
     stranger = context.socket(zmq.DEALER)
     stranger.connect(served.address)
     for frames in ([b""], [b"\xff" * 50, b"", b""], [b"x"] * 9, [b"\x93"]):
         stranger.send_multipart(frames)
+    deadline = time.monotonic() + 10
+    while caplog.text.count("speaks to the worker's port") < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert caplog.text.count("speaks to the worker's port") == 4
     hidden, ids, _ = layer(20)
     order = cpu.sort(ids, EXPERTS)
     results = torch.zeros((ids.numel(), WIDTH), dtype=torch.bfloat16)
