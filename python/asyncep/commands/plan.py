@@ -195,7 +195,7 @@ def show(planner: Planner, plan: Plan, console: Console) -> None:
     )
     console.print(
         f"{planner.model.name} in {planner.model.dtype} on {planner.cluster.devices} x {planner.cluster.device.name}; "
-        f"prompts of {profile.mean_length:,.0f} tokens on average, {profile.cached_share:.0%} found in caches"
+        f"prompts of {digits(profile.mean_length)} tokens on average, {profile.cached_share:.0%} found in caches"
         + ("; no cache kept (KV-free)" if plan.kv_free else "")
     )
     if deployment.t_ep:

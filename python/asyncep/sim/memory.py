@@ -94,10 +94,10 @@ def plan_memory(
         if host_share > limit:
             short = missing - limit * max(0.0, gain)
             raise DoesNotFit(
-                f"{model.name} ({model.dtype}): {(missing + capacity) / 1e9:.1f} GB a device wanted "
-                f"({dense / 1e9:.1f} dense, {experts / 1e9:.1f} experts, {slots / 1e9:.1f} slots, "
-                f"{activations / 1e9:.1f} activations of {batch_tokens} tokens, {wanted / 1e9:.1f} KV), "
-                f"{capacity / 1e9:.1f} there; {short / 1e9:.1f} GB too much"
+                f"{model.name} ({model.dtype}): {(missing + capacity) / 1e9:.3g} GB a device wanted "
+                f"({dense / 1e9:.3g} dense, {experts / 1e9:.3g} experts, {slots / 1e9:.3g} slots, "
+                f"{activations / 1e9:.3g} activations of {batch_tokens} tokens, {wanted / 1e9:.3g} KV), "
+                f"{capacity / 1e9:.3g} there; {short / 1e9:.3g} GB too much"
             )
     host = host_share * experts
     slots += host_share * slot_cost
