@@ -107,10 +107,10 @@ class Caller:
             self._look_at = now + _LOOK_SECONDS
             self._views.ask()
 
-    def refresh(self, seconds: float = 1.0) -> None:
-        """The same now; waits for the answer so long."""
+    def refresh(self) -> None:
+        """The same now; waits a second for the answer."""
         self._views.ask()
-        if (view := self._views.answer(seconds)) is not None:
+        if (view := self._views.answer(1.0)) is not None:
             self._learn(view)
 
     def _learn(self, view: View) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import zmq
 from asyncep_kernels.moe import cpu
 from asyncep_kernels.moe.table import ExpertTable
 from asyncep_kernels.workspace import Workspace
-from asyncep_sgl.config.run import AsyncEPConfig, GroupConfig
+from asyncep_sgl.config.run import GroupConfig
 from asyncep_sgl.errors import StoreError
 from asyncep_sgl.experts.calls.frames import fingerprint, on, raw
 from asyncep_sgl.experts.calls.merge import Rows, merge
@@ -31,14 +30,12 @@ from asyncep_sgl.experts.calls.queue import CallQueue, Waiting
 from asyncep_sgl.experts.group.link import link_host
 from asyncep_sgl.experts.group.peers import Works
 from asyncep_sgl.experts.group.peers import encode as encode_peer
-from asyncep_sgl.experts.store.client import StoreClient
-from asyncep_sgl.experts.store.messages import Done, Export, ExportRequest, Failed, Hello, ServedReport, Welcome
-from asyncep_sgl.process.lifeline import die_with
+from asyncep_sgl.experts.store.client import begin_side_process
+from asyncep_sgl.experts.store.messages import Done, Export, ExportRequest, Failed, ServedReport
 from asyncep_sgl.process.segment import map_segment
 
 logger = logging.getLogger("asyncep")
 
-ROLE = "worker"
 _ANNOUNCE_SECONDS = 0.5
 _REPORT_SECONDS = 1.0
 # Products are sent as soon as so many bytes of them are there, while the rest is computed.
@@ -243,14 +240,7 @@ def listen(group: GroupConfig, shapes: list[Shape]) -> tuple[zmq.Socket[bytes], 
 
 def main() -> None:
     """Started by the launcher; runs until it is ended."""
-    logging.basicConfig(format="asyncep: %(message)s", level=logging.INFO)
-    config = AsyncEPConfig.from_environment()
-    if config is None:
-        raise SystemExit("this module is started by asyncep serve, not by hand")
-    die_with(config.launcher_pid, config.run_directory)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    store = StoreClient(config.store_address)
-    store.ask(Hello(ROLE, os.getpid()), Welcome)
+    config, store = begin_side_process("worker")
     cpus = set().union(*config.cpus) or os.sched_getaffinity(0)
     os.sched_setaffinity(0, cpus)
     torch.set_num_threads(len(cpus))

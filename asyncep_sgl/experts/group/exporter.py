@@ -7,8 +7,6 @@ itself and holds no expert of its own: the launcher's memory is mapped, so its r
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +17,7 @@ import numpy as np
 import zmq
 
 from asyncep_kernels.native import isa
-from asyncep_sgl.config.run import AsyncEPConfig, GroupConfig
+from asyncep_sgl.config.run import GroupConfig
 from asyncep_sgl.errors import StoreError
 from asyncep_sgl.experts.group.link import link_host
 from asyncep_sgl.experts.group.membership import Membership
@@ -41,9 +39,8 @@ from asyncep_sgl.experts.group.peers import (
     decode,
     encode,
 )
-from asyncep_sgl.experts.store.client import StoreClient
-from asyncep_sgl.experts.store.messages import Done, Export, ExportRequest, Failed, Hello, Welcome
-from asyncep_sgl.process.lifeline import die_with
+from asyncep_sgl.experts.store.client import StoreClient, begin_side_process
+from asyncep_sgl.experts.store.messages import Done, Export, ExportRequest, Failed
 from asyncep_sgl.process.segment import map_segment
 from asyncep_sgl.process.zmq_end import for_own_user
 
@@ -242,14 +239,7 @@ def describe(group: GroupConfig, incarnation: int, export: Export) -> tuple[Desc
 
 def main() -> None:
     """Started by the launcher; runs until it is ended."""
-    logging.basicConfig(format="asyncep: %(message)s", level=logging.INFO)
-    config = AsyncEPConfig.from_environment()
-    if config is None:
-        raise SystemExit("this module is started by asyncep serve, not by hand")
-    die_with(config.launcher_pid, config.run_directory)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    store = StoreClient(config.store_address)
-    store.ask(Hello("exporter", os.getpid()), Welcome)
+    config, store = begin_side_process("exporter")
 
     def fail(reason: str) -> None:
         store_line = StoreClient(config.store_address)

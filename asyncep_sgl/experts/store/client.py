@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 from typing import Literal, TypeVar
 
 import msgspec
 import zmq
 
+from asyncep_sgl.config.run import AsyncEPConfig
 from asyncep_sgl.errors import StoreError
 from asyncep_sgl.experts.store.messages import Hello, Refused, Reply, Request, Welcome
+from asyncep_sgl.process.lifeline import die_with
 from asyncep_sgl.process.zmq_end import ends_with
 
 _Reply = TypeVar("_Reply")
@@ -82,6 +86,23 @@ def ask_once(address: str, request: Request, expect: type[_Reply], patience: flo
         return line.ask(request, expect, patience)
     finally:
         line.close()
+
+
+def begin_side_process(role: str) -> tuple[AsyncEPConfig, StoreClient]:
+    """What a side process does first: it ends with the launcher, leaves Ctrl-C to it, and says hello.
+
+    Raises:
+        StoreError: see `StoreClient.ask`.
+    """
+    logging.basicConfig(format="asyncep: %(message)s", level=logging.INFO)
+    config = AsyncEPConfig.from_environment()
+    if config is None:
+        raise SystemExit("this module is started by asyncep serve, not by hand")
+    die_with(config.launcher_pid, config.run_directory)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    store = StoreClient(config.store_address)
+    store.ask(Hello(role, os.getpid()), Welcome)
+    return config, store
 
 
 def say_hello(address: str, role: Literal["front", "controller", "detokenizer"]) -> None:

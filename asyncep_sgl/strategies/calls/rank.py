@@ -15,7 +15,7 @@ from asyncep_kernels.moe.stages import Sorted
 from asyncep_kernels.workspace import Workspace
 from asyncep_sgl.experts.calls.caller import Caller, Sent
 from asyncep_sgl.experts.calls.late import LateExperts
-from asyncep_sgl.experts.calls.owners import whom_to_ask
+from asyncep_sgl.experts.calls.owners import Asked, whom_to_ask
 from asyncep_sgl.experts.group.view import ViewLine
 from asyncep_sgl.experts.shard.layout import runs
 from asyncep_sgl.experts.start import missing_layers, peer_source
@@ -48,6 +48,8 @@ class CallingRank(RankStrategy):
     def __init__(self, place: RankPlace) -> None:
         super().__init__(place)
         self._layers: dict[int, _Layer] = {}
+        # By layer and by the hosts that may be asked, which are the same for hours.
+        self._asked: dict[tuple[int, frozenset[int]], tuple[Asked, ...]] = {}
         self._workspace = Workspace()
         self._caller: Caller | None = None
         self._late: LateExperts | None = None
@@ -128,8 +130,11 @@ class CallingRank(RankStrategy):
         starts = order.starts.tolist()
         sent, left = [], []
         caller.begin()
-        node, nodes = self.place.config.group.node, self.place.config.group.nodes
-        for asked, run in whom_to_ask(entry.missing, entry.holders, caller.able(), node, nodes):
+        able = caller.able()
+        if (layer, able) not in self._asked:
+            group = self.place.config.group
+            self._asked[layer, able] = whom_to_ask(entry.missing, entry.holders, able, group.node, group.nodes)
+        for asked, run in self._asked[layer, able]:
             rows = range(starts[run.start], starts[run.stop])
             if not len(rows):
                 continue

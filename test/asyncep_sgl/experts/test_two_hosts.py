@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,14 +16,13 @@ import httpx
 import psutil
 import pytest
 import server as servers
+from host_pair import LABELS, PORT, one_by_one, prompts, start_on
 from server import Server
 from two_hosts import Hosts, NoNamespacesError, two_hosts
 
 pytestmark = pytest.mark.server
 
-PORT = 30000
 PATIENCE = 6
-LABELS = [3, 40, 500]
 
 
 class Pair(NamedTuple):
@@ -36,16 +33,6 @@ class Pair(NamedTuple):
     alone: Server
 
 
-def prompts(count: int, seed: int) -> list[list[int]]:
-    numbers = random.Random(seed)
-    return [[numbers.randrange(3, 512) for _ in range(numbers.randrange(20, 200))] for _ in range(count)]
-
-
-def one_by_one(server: Server, wanted: list[list[int]]) -> list[list[float]]:
-    """Each prompt in a batch of its own, so that sums are taken in the same order everywhere."""
-    return [server.log_probabilities([prompt], LABELS)[0] for prompt in wanted]
-
-
 @pytest.fixture(scope="module")
 def pair(
     tiny_model: Callable[[str], Path], serve: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory
@@ -54,14 +41,9 @@ def pair(
     with _hosts() as hosts:
 
         def start(host: int, model: Path | None = None, port: int = PORT) -> Server:
-            path = str(model or tiny_model("qwen3_moe"))
-            command = [sys.executable, "-m", "asyncep", "serve", "--model-path", path, "--dp-size", "2"]
-            group = ["--nnodes", "2", "--node-rank", str(host)]
-            group += ["--dist-init-addr", hosts.rendezvous, "--asyncep-patience-secs", str(PATIENCE)]
-            address = ["--host", "0.0.0.0", "--port", str(port), "--device", "cpu"]
             log = tmp_path_factory.mktemp("host") / "log.txt"
-            command = hosts.command(host, [*command, *group, *address, "--asyncep-log-gathers"])
-            started.append(servers.run(command, hosts.url(host, port), log))
+            path = model or tiny_model("qwen3_moe")
+            started.append(start_on(hosts, host, path, log, "--asyncep-log-gathers", port=port, patience=PATIENCE))
             return started[-1]
 
         try:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +14,11 @@ import httpx
 import psutil
 import pytest
 import server as servers
+from host_pair import one_by_one, prompts, start_on
 from server import Server
 from two_hosts import Hosts, NoNamespacesError, two_hosts
 
 pytestmark = pytest.mark.server
-
-PORT, LABELS = 30000, [3, 40, 500]
 
 
 class Pair(NamedTuple):
@@ -29,16 +26,6 @@ class Pair(NamedTuple):
     one: Server
     other: Server
     alone: Server
-
-
-def prompts(count: int, seed: int) -> list[list[int]]:
-    numbers = random.Random(seed)
-    return [[numbers.randrange(3, 512) for _ in range(numbers.randrange(20, 300))] for _ in range(count)]
-
-
-def one_by_one(server: Server, wanted: list[list[int]]) -> list[list[float]]:
-    """Each prompt in a batch of its own: attention sums in another order where several share one."""
-    return [server.log_probabilities([prompt], LABELS)[0] for prompt in wanted]
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +36,8 @@ def pair(
     try:
         with two_hosts("100mbit") as hosts:
             for host in (1, 0):
-                command = [sys.executable, "-m", "asyncep", "serve", "--model-path", str(tiny_model("qwen3_moe"))]
-                command += ["--dp-size", "2", "--asyncep-strategy", "ep", "--asyncep-patience-secs", "6"]
-                command += ["--nnodes", "2", "--node-rank", str(host), "--dist-init-addr", hosts.rendezvous]
-                command += ["--host", "0.0.0.0", "--port", str(PORT), "--device", "cpu"]
                 log = tmp_path_factory.mktemp("host") / "log.txt"
-                started.append(servers.run(hosts.command(host, command), hosts.url(host, PORT), log))
+                started.append(start_on(hosts, host, tiny_model("qwen3_moe"), log, "--asyncep-strategy", "ep"))
             other, one = started
             alone = serve(tiny_model("qwen3_moe"), "--device", "cpu", ranks=1)
             for server in started:
