@@ -334,7 +334,9 @@ runtime = Runtime(model, log_level="error", ssl_certfile=certificate, ssl_keyfil
 print(len(runtime.classify(["x"], ["b", "c"])))
 os.kill(runtime._process.pid, signal.SIGKILL)
 try:
-    runtime.classify(["y"], ["b", "c"])
+    # Its other processes end a moment later, and may answer until then.
+    while True:
+        runtime.classify(["y"], ["b", "c"])
 except ServerError as error:
     print(error)
 """
