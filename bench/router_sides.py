@@ -19,9 +19,10 @@ from pathlib import Path
 
 import httpx
 import psutil
-from peer_start import flush_cache
+from peer_start import ADMIN_KEY, flush_cache
 
 from asyncep.local_server import local_server
+from asyncep_router.http.options import WORKER_ADMIN_KEY_VARIABLE
 from asyncep_sgl.process.ports import free_port
 
 PAGE = 16
@@ -146,7 +147,8 @@ def router(side: Side, urls: Sequence[str], peer: Path | None) -> Iterator[str]:
     command += ["--port", str(port), "--prometheus-port", str(metrics), *side.flags]
     command += ["--worker-startup-check-interval", "1", "--log-level", "warn"]
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        keys = {WORKER_ADMIN_KEY_VARIABLE: ADMIN_KEY}
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **keys})
         try:
             _wait_ready(process, f"http://127.0.0.1:{port}", len(urls), log.fileno())
             _wait_idle(process.pid)

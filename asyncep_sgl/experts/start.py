@@ -45,10 +45,10 @@ def missing_layers(manager: ExpertManager) -> list[GatheredLayer]:
     return found
 
 
-def peer_source(manager: ExpertManager, group: GroupConfig) -> PeerSource:
-    """Where a rank takes experts of other hosts from."""
+def peer_source(manager: ExpertManager, group: GroupConfig, name: str = "rank") -> PeerSource:
+    """Where a rank takes experts of other hosts from. ``name``: another for each source of a rank."""
     return PeerSource(
-        RemoteReader(f"asyncep-rank-{group.node}-{manager.rank}-{os.getpid()}"),
+        RemoteReader(f"asyncep-{name}-{group.node}-{manager.rank}-{os.getpid()}"),
         ViewClient(group.exporter_address),
         node=group.node,
         nodes=group.nodes,
@@ -65,6 +65,7 @@ def start_gather(
     *,
     device: torch.device | None = None,
     device_of: Callable[[torch.device], Device] = _torch_device,
+    source: LayerSource | None = None,
 ) -> tuple[ExpertGather, GatherBook] | None:
     """Waits for the other hosts, connects to them and measures; None if this host has every expert.
 
@@ -76,13 +77,15 @@ def start_gather(
         log: write a line for each batch.
         device: what this rank computes on; the CPU by default.
         device_of: streams and events of it.
+        source: where missing experts come from; by default what the manager and the group say.
     """
     layers = missing_layers(manager)
     if not layers:
         return None
     dtype = layers[0].parameters["w13_weight"].dtype
-    source: LayerSource
-    if isinstance(manager, DeviceExpertManager) and device is not None:
+    if source is not None:
+        pass
+    elif isinstance(manager, DeviceExpertManager) and device is not None:
         source = CudaSource(
             device_of(device), manager.shards(), rank=manager.rank, ranks=manager.ranks, lanes=group.lanes
         )

@@ -122,6 +122,8 @@ def _serve(arguments: list[str], config: AsyncEPConfig, door: Door) -> None:
     def status() -> dict[str, Any]:
         """Ranks, experts owned, bytes read and resident, as the launcher sees them."""
         found: dict[str, Any] = msgspec.to_builtins(store_status())
+        # For a router in front: whether a batch below T takes as long as one of T.
+        found["waits_for_weights"] = strategy.gathers
         if config.router is not None:
             # The lowest of the ranks' T: what a router in front of this server may count on for each of them.
             with contextlib.suppress(TimeoutError):

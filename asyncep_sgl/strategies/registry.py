@@ -16,7 +16,10 @@ _OURS = {
     "replicated": "asyncep_sgl.strategies.replicated:Replicated",
     "asyncep": "asyncep_sgl.strategies.asyncep.strategy:AsyncEP",
     "ep": "asyncep_sgl.strategies.calls.strategy:ExpertParallel",
+    "auto": "asyncep_sgl.strategies.calls.strategy:Auto",
 }
+# For tests. What follows the colon is the strategy's own.
+_WITH_SEED = {"random": "asyncep_sgl.strategies.calls.strategy:AtRandom"}
 NAMES: tuple[str, ...] = tuple(_OURS)
 
 
@@ -26,7 +29,8 @@ def find(name: str) -> type[Strategy]:
     Raises:
         UsageError: there is none.
     """
-    module_name, colon, class_name = _OURS.get(name, name).partition(":")
+    ours = _OURS.get(name) or _WITH_SEED.get(name.partition(":")[0])
+    module_name, colon, class_name = (ours or name).partition(":")
     known = f"use {', '.join(NAMES)}, or MODULE:CLASS of a strategy of your own"
     if not (module_name and colon and class_name):
         raise UsageError(f"--asyncep-strategy {name}: {known}")

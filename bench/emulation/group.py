@@ -19,7 +19,10 @@ from typing import Any
 import httpx
 import psutil
 from emulation.two_hosts import Hosts
+from peer_start import ADMIN_KEY
 from stock_end import end_with_parent
+
+from asyncep_sgl.process.key_memory import ADMIN_KEY_VARIABLE
 
 PORT = 30000
 START_SECONDS = 300
@@ -111,13 +114,14 @@ def group(
                 command += ["--weight-version", f"rank {node}"]
                 if divided:
                     command += ["--nnodes", "2", "--node-rank", str(node), "--dist-init-addr", hosts.rendezvous]
-                    command += ["--asyncep-log-gathers"]
+                    if not {"ep"} & set(flags):  # it has none
+                        command += ["--asyncep-log-gathers"]
                 with log.open("wb") as output:
                     process = subprocess.Popen(
                         hosts.command(node, [*command, *flags]),
                         stdout=output,
                         stderr=subprocess.STDOUT,
-                        env={**os.environ, **(environment or {})},
+                        env={**os.environ, ADMIN_KEY_VARIABLE: ADMIN_KEY, **(environment or {})},
                         preexec_fn=end_with_parent,
                     )
                 started.append(GroupServer(hosts.url(node, PORT), process, log))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -39,6 +39,8 @@ class _Line:
     trust: Trust = field(default_factory=Trust)
     missed_in: int = 0
     """The layer that it was late or wrong in last, by the number of that layer's first call."""
+    busy: float = 0.0
+    """Share of the host's cores that its own work has used of late, as it says."""
 
 
 @dataclass(eq=False)
@@ -46,14 +48,17 @@ class Sent:
     """A call under way.
 
     Attributes:
-        experts: the run that was asked for.
-        rows: where its products belong, in the results of the layer.
+        experts: that were asked for.
+        rows: where their products belong, in the results of the layer.
+        count: how many rows that are.
+        left: how many of them have not come.
     """
 
     line: _Line
     number: int
-    experts: range
-    rows: range
+    experts: Sequence[int]
+    rows: Sequence[range]
+    count: int
     since: float
     late_at: float
     left: int
@@ -129,6 +134,12 @@ class Caller:
         now = self._clock()
         return frozenset(node for node, line in self._lines.items() if line.trust.may_be_asked(now))
 
+    def busy(self) -> float:
+        """How busy the hosts that may be asked are with work of their own, 0 to 1."""
+        now = self._clock()
+        found = [line.busy for line in self._lines.values() if line.trust.may_be_asked(now)]
+        return sum(found) / len(found) if found else 1.0
+
     def begin(self) -> None:
         """A layer begins: nobody waits any more for what earlier ones sent."""
         self._oldest = self._number + 1
@@ -137,19 +148,18 @@ class Caller:
         self,
         node: int,
         layer: int,
-        experts: range,
-        counts: Sequence[int],
-        rows: range,
+        counts: Mapping[int, int],
+        rows: Sequence[range],
         hidden: torch.Tensor,
         order: torch.Tensor,
     ) -> Sent | None:
-        """Sends the rows of a run of experts; None if its worker takes none now.
+        """Sends rows of some experts; None if the host's worker takes none now.
 
         Args:
-            counts: rows of each of ``experts``.
-            rows: their places in the results of the layer.
+            counts: how many of each expert; experts ascending.
+            rows: their places in the results of the layer, in that order.
             hidden: ``(tokens, H)`` contiguous, each distinct token once.
-            order: ``(len(rows),)`` int32, the token of each row.
+            order: ``(rows,)`` int32, the token of each row.
         """
         line = self._lines[node]
         self._number += 1
@@ -158,8 +168,8 @@ class Caller:
             number=self._number,
             oldest=self._oldest,
             layer=layer,
-            first=experts.start,
-            counts=tuple(counts),
+            first=min(counts),
+            counts=tuple(counts.get(expert, 0) for expert in range(min(counts), max(counts) + 1)),
             tokens=len(hidden),
             digest=fingerprint(states, places) if self._verify else 0,
         )
@@ -170,8 +180,10 @@ class Caller:
             return None
         now = self._clock()
         self.counts.sent += 1
-        self.counts.rows += len(rows)
-        return Sent(line, self._number, experts, rows, now, now + line.estimate.late(len(rows)), len(rows))
+        count = len(order)
+        self.counts.rows += count
+        late_at = now + line.estimate.late(count)
+        return Sent(line, self._number, tuple(counts), rows, count, now, late_at, count)
 
     def collect(self, sent: Sequence[Sent], results: torch.Tensor) -> list[Sent]:
         """Waits until each call is answered or late, and puts the products in their places.
@@ -207,7 +219,7 @@ class Caller:
     def _given_up(self, call: Sent, now: float) -> Sent:
         self.counts.late += 1
         self._missed(call.line, now)
-        call.line.estimate.took(len(call.rows), now - call.since)
+        call.line.estimate.took(call.count, now - call.since)
         logger.warning(
             "node %d has not answered after %.0f ms; its experts are fetched", call.line.node, (now - call.since) * 1e3
         )
@@ -257,19 +269,19 @@ class Caller:
                 self._missed(line, now)
                 failed.append(waiting.pop((line, call.number)))
             elif not call.left:
-                seconds, expected = now - call.since, line.estimate.expected(len(call.rows))
+                seconds, expected = now - call.since, line.estimate.expected(call.count)
                 if waited or expected is None or seconds < expected:
-                    line.estimate.took(len(call.rows), seconds)
+                    line.estimate.took(call.count, seconds)
                 line.trust.answered()
                 del waiting[line, call.number]
             else:
-                call.late_at = now + line.estimate.late(len(call.rows))
+                call.late_at = now + line.estimate.late(call.count)
 
     def _place(self, call: Sent, answer: Answer, frames: Sequence[zmq.Frame], results: torch.Tensor) -> str | None:
         """Puts a part's products where they belong; what is wrong with them."""
         width = results.shape[1] * results.element_size()
         # Parts come in order, so that none is missing when the last is there.
-        in_order = answer.row == len(call.rows) - call.left and 0 < answer.rows <= call.left
+        in_order = answer.row == call.count - call.left and 0 < answer.rows <= call.left
         if len(frames) != 1 or not in_order:
             return "its answer is not of the rows that it was asked for"
         buffer = frames[0].buffer
@@ -279,9 +291,9 @@ class Caller:
         if self._verify and answer.digest and fingerprint(buffer) != answer.digest:
             self.counts.digest_failures += 1
             return "its answer came otherwise than it was sent"
-        start = call.rows.start + answer.row
-        results[start : start + answer.rows] = on(buffer, results.dtype, (answer.rows, results.shape[1]))
+        _put(on(buffer, results.dtype, (answer.rows, results.shape[1])), answer.row, call.rows, results)
         call.left -= answer.rows
+        call.line.busy = answer.busy
         return None
 
     def _connect(self, node: int, address: str) -> _Line:
@@ -302,3 +314,16 @@ class Caller:
         self._sockets.remove(line.socket)
         line.socket.close()
         del self._lines[line.node]
+
+
+def _put(products: torch.Tensor, first: int, places: Sequence[range], results: torch.Tensor) -> None:
+    """Writes the products of a call's rows from ``first`` on to where they belong."""
+    before, done = 0, 0
+    for place in places:
+        start = max(0, first + done - before)
+        count = min(len(place) - start, len(products) - done)
+        if count > 0:
+            at = place.start + start
+            results[at : at + count] = products[done : done + count]
+            done += count
+        before += len(place)

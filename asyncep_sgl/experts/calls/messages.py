@@ -16,14 +16,14 @@ from asyncep_router.frames import decoded
 
 
 class Call(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """The rows of a run of experts.
+    """The rows of some experts of one layer.
 
     Attributes:
         number: of the caller's own count, which only grows.
         oldest: nobody waits any more for this caller's calls below it.
         layer: the decoder layer.
-        first: the run's first expert.
-        counts: rows of each expert of the run.
+        first: the lowest expert.
+        counts: rows of each expert from it on; 0 for one between that is not asked for.
         tokens: distinct tokens that the rows are of.
         digest: of both frames that follow, see `asyncep_sgl.experts.calls.frames`; 0 where nobody checks.
     """
@@ -45,12 +45,14 @@ class Answer(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         row: the first of them, within the call.
         rows: how many.
         digest: of the frame that follows; 0 where nobody checks.
+        busy: share of the host's cores, 0 to 1, that others than the worker have used of late.
     """
 
     number: int
     row: int
     rows: int
     digest: int = 0
+    busy: float = 0.0
 
 
 class Declined(msgspec.Struct, tag=True, frozen=True):
@@ -103,10 +105,10 @@ def fault(call: Call, shape: Shape, held: frozenset[int], hidden: int, order: np
     last = call.first + len(call.counts)
     if not (0 <= call.first < last <= shape.experts):
         return f"experts {call.first} to {last - 1} of {shape.experts}"
-    if not all(expert in held for expert in range(call.first, last)):
-        return f"experts {call.first} to {last - 1} are not all on this host"
     if min(call.counts) < 0 or sum(call.counts) != len(order):
         return f"{sum(call.counts)} rows are announced and {len(order)} came"
+    if not all(expert in held for expert, count in enumerate(call.counts, start=call.first) if count):
+        return f"experts {call.first} to {last - 1} are not all on this host"
     if call.tokens < 0 or hidden != call.tokens * shape.hidden * shape.item_bytes:
         return f"{hidden} bytes are not {call.tokens} hidden states of {shape.hidden} elements"
     if len(order) and not (int(order.min()) >= 0 and int(order.max()) < call.tokens):

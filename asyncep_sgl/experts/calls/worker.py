@@ -23,6 +23,7 @@ from asyncep_kernels.moe.table import ExpertTable
 from asyncep_kernels.workspace import Workspace
 from asyncep_sgl.config.run import GroupConfig
 from asyncep_sgl.errors import StoreError
+from asyncep_sgl.experts.calls.busy import Busy
 from asyncep_sgl.experts.calls.frames import fingerprint, on, raw
 from asyncep_sgl.experts.calls.merge import Rows, merge
 from asyncep_sgl.experts.calls.messages import Answer, Call, Declined, Shape, ToCaller, decode_call, encode, fault
@@ -90,6 +91,7 @@ class Worker:
         verify: compare what comes with its sender's digest.
         clock: seconds.
         between: called between the parts of a long computation.
+        busy: answers the share of the host's cores that others use.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Worker:
         verify: bool,
         clock: Callable[[], float] = time.monotonic,
         between: Callable[[], None] = lambda: None,
+        busy: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.served = Served()
         self.queue: CallQueue[Payload] = CallQueue()
@@ -108,6 +111,7 @@ class Worker:
         self._verify = verify
         self._clock = clock
         self._between = between
+        self._busy = busy
         self._workspace = Workspace()
 
     def report(self) -> ServedReport:
@@ -202,7 +206,7 @@ class Worker:
     def _answer(self, entry: Waiting[Payload], part: range, products: torch.Tensor) -> None:
         frame = raw(products)
         digest = fingerprint(frame) if self._verify else 0
-        answer = Answer(number=entry.call.number, row=part.start, rows=len(part), digest=digest)
+        answer = Answer(number=entry.call.number, row=part.start, rows=len(part), digest=digest, busy=self._busy())
         self._say(entry.caller, answer, frame)
 
     def _say(self, caller: bytes, message: ToCaller, *frames: memoryview) -> None:
@@ -253,7 +257,7 @@ def main() -> None:
         store.ask(Failed(-1, f"the worker cannot listen on the link: {error}"), Done, patience=1.0)
         raise SystemExit(1) from error
     line = _Announcer(config.group.exporter_address, address)
-    worker = Worker(socket, layers, verify=config.group.verify == "every", between=line.speak)
+    worker = Worker(socket, layers, verify=config.group.verify == "every", between=line.speak, busy=Busy(cpus).share)
     told, on_its_way, report_at = worker.report(), False, 0.0
     while True:
         line.speak()

@@ -154,5 +154,9 @@ class DeviceFetch:
             device.wait(stream, event)
         return DeviceTimes(device, self.begun, self.done, reached, device.record(stream))
 
+    def over(self) -> bool:
+        """See `pipeline.Fetch`."""
+        return True
+
     def cancel(self) -> None:
         """See `pipeline.Fetch`: later copies into the slot are queued behind these."""

@@ -61,10 +61,35 @@ class _OnDevice(Protocol):
     def window_until(self, later: _OnDevice, /) -> float: ...
 
 
+class Part(Protocol):
+    """Some experts of a layer that come together."""
+
+    @property
+    def experts(self) -> Sequence[int]: ...
+
+    def there(self) -> bool:
+        """Whether `wait` would return at once."""
+
+    def wait(self) -> Gathered:
+        """Returns once they are there, complete and checked. Raises as `pipeline.Fetch` does."""
+
+
+@runtime_checkable
+class InParts(Fetch, Protocol):
+    """A `pipeline.Fetch` whose experts can be used part by part, in the order in which they come."""
+
+    @property
+    def parts(self) -> Sequence[Part]: ...
+
+    def wait(self) -> Gathered:
+        """For all of them."""
+
+
 class LayerSource(Protocol):
     """Where missing experts come from: other hosts, other devices, host memory, or the checkpoint."""
 
-    counters: Counters
+    @property
+    def counters(self) -> Counters: ...
 
     def open(self, layers: Mapping[int, GatheredLayer], slots: torch.Tensor) -> None:
         """Called once, before any `start`: fetches will be of ``layers`` into rows of ``slots``, ``(depth, bytes)``
@@ -72,6 +97,19 @@ class LayerSource(Protocol):
 
     def start(self, layer: int, slot: int) -> Fetch:
         """Begins to fetch ``layer``'s missing experts into row ``slot``; returns at once."""
+
+
+class PartialSource(Protocol):
+    """A `LayerSource` that also brings some of a layer's missing experts."""
+
+    @property
+    def counters(self) -> Counters: ...
+
+    def open(self, layers: Mapping[int, GatheredLayer], slots: torch.Tensor) -> None:
+        """See `LayerSource`."""
+
+    def start(self, layer: int, slot: int, experts: Sequence[int] | None = None) -> InParts:
+        """``experts`` in the order in which they are to come; all that are missing by default."""
 
 
 class ExpertGather:
@@ -127,14 +165,28 @@ class ExpertGather:
 
     def wait(self, layer: int) -> ExpertTable:
         """All experts of ``layer``, wherever they lie; valid until `release`. Blocks until they are there."""
-        slot = self.pipeline.wait(layer)
-        if (layer, slot) not in self._tables:
-            self._tables[layer, slot] = slot_table(self.layers[layer], self._slots[slot])
-        return self._tables[layer, slot]
+        return self._table(layer, self.pipeline.wait(layer))
+
+    def take(self, layer: int, *, patient: bool = True) -> tuple[ExpertTable, InParts | None]:
+        """The same without waiting, for a source that brings a layer in parts.
+
+        Args:
+            patient: see `GatherPipeline.take`.
+
+        Returns:
+            The table, of which only what this host has and what parts have brought may be read; and what comes.
+        """
+        slot, fetch = self.pipeline.take(layer, patient=patient)
+        return self._table(layer, slot), fetch if isinstance(fetch, InParts) else None
 
     def release(self, layer: int) -> None:
         """``layer`` has computed."""
         self.pipeline.release(layer)
+
+    def _table(self, layer: int, slot: int) -> ExpertTable:
+        if (layer, slot) not in self._tables:
+            self._tables[layer, slot] = slot_table(self.layers[layer], self._slots[slot])
+        return self._tables[layer, slot]
 
     def measure(self, rounds: int = 2) -> list[float]:
         """Seconds that gathers of single layers take with nothing else to do, a few layers ``rounds`` times each.

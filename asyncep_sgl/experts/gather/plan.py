@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from asyncep_sgl.experts.shard.layout import runs
+
+# Experts that can be computed while later ones come: each wave costs a request, so there are few, and none is small.
+_MOST_WAVES = 4
+_LEAST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -81,3 +86,15 @@ def pieces(layout: SlotLayout, chosen: Mapping[int, frozenset[int]]) -> list[Pie
                 stride = layout.strides[name]
                 found.append(Piece(node, name, run, layout.offset(name, run.start), len(run) * stride))
     return found
+
+
+def waves(experts: Sequence[int], nbytes: int) -> list[tuple[int, ...]]:
+    """Experts in the order given, cut into pieces of about one size that come one after the other.
+
+    Args:
+        experts: what is wanted.
+        nbytes: of one expert.
+    """
+    count = max(1, min(_MOST_WAVES, len(experts), len(experts) * nbytes // _LEAST_BYTES))
+    bounds = [len(experts) * number // count for number in range(count + 1)]
+    return [tuple(experts[start:stop]) for start, stop in itertools.pairwise(bounds) if start < stop]

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 # A batch counts half as much after this many others.
 _HALF_LIFE = 200.0
+# Weight of the batches from which on the fit is believed: one of half the window of interest, or many smaller ones.
+_KNOWN = 0.25
 
 
 @dataclass
@@ -50,9 +52,9 @@ class WindowModel:
         return 0.0, self._xy / self._xx / 1e9
 
     def saturation(self, seconds: float) -> float | None:
-        """FLOPs of a layer whose window lasts ``seconds``; None before any batch."""
+        """FLOPs of a layer whose window lasts ``seconds``; None while no batch has come near that."""
         fixed, per_flop = self.line()
-        if per_flop <= 0:
+        if per_flop <= 0 or self._weight < _KNOWN:
             return None
         return max(0.0, seconds - fixed) / per_flop
 

@@ -145,6 +145,10 @@ class _FileFetch:
         except OSError as error:
             raise GatherError(f"experts cannot be read from disk: {error}") from error
 
+    def over(self) -> bool:
+        """See `pipeline.Fetch`."""
+        return self._reading.done()
+
     def cancel(self) -> None:
         """See `pipeline.Fetch`."""
         if not self._reading.cancel():

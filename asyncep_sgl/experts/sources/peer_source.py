@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from asyncep_sgl.errors import GatherError
 from asyncep_sgl.experts.gather.gather import Counters, GatheredLayer
-from asyncep_sgl.experts.gather.pipeline import Gathered
-from asyncep_sgl.experts.gather.plan import choose, pieces
+from asyncep_sgl.experts.gather.plan import choose, pieces, waves
 from asyncep_sgl.experts.group.peers import Descriptor, View
 from asyncep_sgl.experts.group.view import ViewClient
 from asyncep_sgl.experts.shard.digest import digest
-from asyncep_sgl.experts.sources.arrivals import Arrivals, Round, Wrong
-from asyncep_sgl.experts.sources.remote import Copy, PeerLostError, Read, RemoteReader
+from asyncep_sgl.experts.sources.arrivals import Arrivals, Wrong
+from asyncep_sgl.experts.sources.peer_fetch import LayerFetch, Wave
+from asyncep_sgl.experts.sources.remote import Copy, Read, RemoteReader
 
 logger = logging.getLogger(__name__)
 
-# A read that takes this long makes its reader ask whether the host is still there.
-_SUSPICIOUS_SECONDS = 2.0
 _MENTION_SECONDS = 5.0
 # So often a rank looks for hosts that it does not read from.
 _LOOK_SECONDS = 5.0
-# What came wrong is asked for again after 0.2 s, 0.4 s …; a fifth time ends the rank.
-_MOST_WRONG = 5
-_WRONG_SECONDS = 0.1
 
 
 class PeerSource:
@@ -63,13 +56,19 @@ class PeerSource:
         self._reader.register(slots)
         self.wait_for_peers()
 
-    def start(self, layer: int, slot: int) -> _LayerFetch:
-        """See `LayerSource`. Hosts that come late, or again, are read from as well."""
+    def start(self, layer: int, slot: int, experts: Sequence[int] | None = None) -> LayerFetch:
+        """See `LayerSource`. Hosts that come late, or again, are read from as well.
+
+        Args:
+            experts: of the missing ones, in the order in which they are to come; all by default.
+        """
         now = time.monotonic()
         if len(self._connected) < self._nodes - 1 and now >= self._look_at:
             self._look_at = now + _LOOK_SECONDS
             self.refresh()
-        return _LayerFetch(self, layer, slot)
+        entry = self._layers[layer].slot
+        wanted = entry.experts if experts is None else experts
+        return LayerFetch([Wave(self, layer, slot, part) for part in waves(wanted, sum(entry.strides.values()))])
 
     def wait_for_peers(self) -> None:
         """Returns once every expert can be read from somewhere."""
@@ -85,19 +84,19 @@ class PeerSource:
                 logger.warning("waiting for the experts of node(s) %s", ", ".join(away) or "not known yet")
             time.sleep(0.2)
 
-    def choose(self, layer: int) -> dict[int, frozenset[int]] | None:
-        """Which connected host gives which expert of ``layer``; None while one is nowhere to be had."""
-        experts = self._layers[layer].slot.experts
+    def choose(self, layer: int, experts: Sequence[int] | None = None) -> dict[int, frozenset[int]] | None:
+        """Which connected host gives which of ``layer``'s missing experts; None while one is nowhere to be had."""
+        wanted = self._layers[layer].slot.experts if experts is None else experts
         holders = {
             node: frozenset(tensor.experts)
             for node, descriptor in self._connected.items()
             for tensor in descriptor.tensors
             if tensor.layer == layer
         }
-        return choose(experts, holders, self._node, self._nodes)
+        return choose(wanted, holders, self._node, self._nodes)
 
     def copies(self, layer: int, slot: int, chosen: Mapping[int, frozenset[int]]) -> dict[int, list[Copy]]:
-        """By host, the reads that fill ``slot`` with ``layer``'s missing experts."""
+        """By host, the reads that bring ``chosen`` experts of ``layer`` to their places in ``slot``."""
         found: dict[int, list[Copy]] = {node: [] for node in chosen}
         base = self._slots[slot].data_ptr()
         for piece in pieces(self._layers[layer].slot, chosen):
@@ -110,7 +109,7 @@ class PeerSource:
         return self._reader.read(node, copies)
 
     def wrong(self, layer: int, slot: int, chosen: Mapping[int, frozenset[int]]) -> Wrong:
-        """What in ``slot`` is not as its owner wrote it."""
+        """Which of ``chosen`` is in ``slot`` otherwise than its owner wrote it."""
         entry = self._layers[layer].slot
         found: Wrong = []
         if not self._verify:
@@ -163,7 +162,7 @@ class PeerSource:
         Args:
             connection: the one that broke; if another has taken its place since, that one is kept.
         """
-        if connection is not None and connection != self._reader.connection(node):
+        if node not in self._connected or connection not in (None, self._reader.connection(node)):
             return
         self.counters.peer_losses += 1
         logger.warning("the connection to node %d broke", node)
@@ -189,82 +188,3 @@ class PeerSource:
             return all(self.choose(layer) is not None for layer in self._layers)
         finally:
             self._connected[node] = kept
-
-
-@dataclass
-class _LayerFetch:
-    """One layer on its way into one slot, whatever happens to the hosts it comes from."""
-
-    source: PeerSource
-    layer: int
-    slot: int
-    _round: Round | None = None
-
-    def __post_init__(self) -> None:
-        self._ask()
-
-    def wait(self) -> Gathered:
-        """See `pipeline.Fetch`. Waits as long as it takes: hosts come back, and ranks are ended from outside.
-
-        Raises:
-            GatherError: what comes is, again and again, not what its owner says it wrote.
-        """
-        wrong_times = 0
-        undisturbed = True
-        while True:
-            if self._round is None:
-                undisturbed = False
-                self.source.wait_for_peers()
-                self._ask()
-                continue
-            try:
-                arrived = self._round.wait(_SUSPICIOUS_SECONDS)
-            except TimeoutError:
-                undisturbed = False
-                if gone := self.source.gone_or_new(set(self._round.reads)):
-                    for node in gone:
-                        self.source.lose(node)
-                    self._ask_again()
-                continue
-            if not arrived.broken and not arrived.wrong:
-                return Gathered(arrived.seconds, exact=undisturbed)
-            undisturbed = False
-            for node, connection in arrived.broken.items():
-                self.source.lose(node, connection)
-            if wrong := arrived.wrong:
-                wrong_times += 1
-                self.source.counters.digest_failures += len(wrong)
-                logger.error("layer %d came wrong (%s); it is gathered again", self.layer, wrong[0])
-                if wrong_times == _MOST_WRONG:
-                    raise GatherError(f"layer {self.layer} came wrong {wrong_times} times: {wrong[0]}")
-                # Whoever writes there may need a moment; or its owner has started anew, which asking again finds out.
-                time.sleep(_WRONG_SECONDS * 2**wrong_times)
-            self._ask_again()
-
-    def cancel(self) -> None:
-        """See `pipeline.Fetch`."""
-        if self._round is not None:
-            self._round.stop()
-
-    def _ask_again(self) -> None:
-        # Other hosts' reads may still write into the slot that is about to be asked for again.
-        self.cancel()
-        self.source.refresh()
-        self._ask()
-
-    def _ask(self) -> None:
-        self._round = None
-        chosen = self.source.choose(self.layer)
-        if chosen is None:
-            return
-        reads: dict[int, Read] = {}
-        try:
-            for node, copies in self.source.copies(self.layer, self.slot, chosen).items():
-                reads[node] = self.source.read(node, copies)
-        except PeerLostError:
-            self.source.lose(node)
-            for read in reads.values():
-                read.abandon()
-            return
-        # Of the source's method, not of this object: a fetch and its round should not keep each other alive.
-        self._round = self.source.arrivals.watch(reads, partial(self.source.wrong, self.layer, self.slot, chosen))

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from asyncep_kernels.workspace import Workspace
 from asyncep_sgl.errors import StoreError
-from asyncep_sgl.experts.gather.gather import Counters, ExpertGather
+from asyncep_sgl.experts.gather.gather import Counters, ExpertGather, InParts
 from asyncep_sgl.experts.gather.log import GatherBook
 from asyncep_sgl.experts.start import start_gather
 from asyncep_sgl.experts.store.messages import Done
 from asyncep_sgl.strategies.base import ExpertLayer, RankPlace, RankStrategy, TopK
+from asyncep_sgl.strategies.layer_rows import LayerRows
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +32,9 @@ class AsyncEPRank(RankStrategy):
     def __init__(self, place: RankPlace) -> None:
         super().__init__(place)
         self._tables: dict[int, ExpertTable] = {}
+        # Of hosts, where a layer's experts come in parts; a device waits for all of them.
+        self._coming: InParts | None = None
+        self._workspace = Workspace()
         self._gather: ExpertGather | None = None
         self._book: GatherBook | None = None
         self._floor = float(place.cost.flops(place.config.settings.threshold_tokens))
@@ -66,8 +71,24 @@ class AsyncEPRank(RankStrategy):
         return layer not in self.told
 
     def moe(self, layer: ExpertLayer, hidden: torch.Tensor, topk: TopK) -> torch.Tensor:
-        """See `RankStrategy`."""
-        return layer.compute(hidden, topk, self._tables[layer.index] if layer.index in self.told else layer.own)
+        """See `RankStrategy`. Experts that are there compute while others come."""
+        if layer.index not in self.told:
+            return layer.compute(hidden, topk, layer.own)
+        table = self._tables[layer.index]
+        if self._coming is None or self._gather is None or not topk.ids.numel():
+            return layer.compute(hidden, topk, table)
+        rows = LayerRows(hidden, topk, table, self._workspace)
+        to_come = [part for part in self._coming.parts if not part.there()]
+        late = {expert for part in to_come for expert in part.experts}
+        rows.compute([expert for expert in range(len(table.w13)) if expert not in late], table)
+        exposed = 0.0
+        for part in to_come:
+            began = time.monotonic()
+            part.wait()
+            exposed += time.monotonic() - began
+            rows.compute(part.experts, table)
+        self._gather.pipeline.waited(exposed, self._coming.wait())
+        return rows.combined()
 
     def pass_begins(self) -> None:
         """Fetches begin."""
@@ -75,8 +96,12 @@ class AsyncEPRank(RankStrategy):
             self._gather.begin()
 
     def layer_begins(self, layer: int) -> None:
-        """Waits for the layer's experts."""
-        if self._gather is not None:
+        """Waits for the layer's experts, or takes what has come of them."""
+        if self._gather is None:
+            return
+        if self.place.config.group.nodes > 1:
+            self._tables[layer], self._coming = self._gather.take(layer)
+        else:
             self._tables[layer] = self._gather.wait(layer)
 
     def layer_ended(self, layer: int) -> None:

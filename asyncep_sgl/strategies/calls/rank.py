@@ -1,62 +1,96 @@
-"""A rank that sends rows: for each layer what it sends, what it computes meanwhile, and what if nobody answers."""
+"""A rank that chooses between weights and tokens: what is fetched, what is sent, what is computed here."""
 
 from __future__ import annotations
 
 import logging
+import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from asyncep_kernels.moe import cpu
-from asyncep_kernels.moe.stages import Sorted
 from asyncep_kernels.workspace import Workspace
 from asyncep_sgl.experts.calls.caller import Caller, Sent
+from asyncep_sgl.experts.calls.choice import AtRandom, ByCost, Choice, LayerPlace, Routed, SendAll, Under
 from asyncep_sgl.experts.calls.late import LateExperts
-from asyncep_sgl.experts.calls.owners import Asked, whom_to_ask
+from asyncep_sgl.experts.calls.measure import seconds_of_work, share_of_copying
+from asyncep_sgl.experts.calls.owners import whom_to_ask
+from asyncep_sgl.experts.calls.plan import Prices
+from asyncep_sgl.experts.gather.gather import ExpertGather, InParts
+from asyncep_sgl.experts.gather.log import GatherBook
 from asyncep_sgl.experts.group.view import ViewLine
 from asyncep_sgl.experts.shard.layout import runs
-from asyncep_sgl.experts.start import missing_layers, peer_source
+from asyncep_sgl.experts.sources.chosen import ChosenExperts
+from asyncep_sgl.experts.start import missing_layers, peer_source, start_gather
 from asyncep_sgl.experts.store.messages import CallReport, Done
 from asyncep_sgl.strategies.base import ExpertLayer, RankPlace, RankStrategy, TopK
+from asyncep_sgl.strategies.layer_rows import LayerRows
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from asyncep_kernels.moe.table import ExpertTable
+    from asyncep_sgl.experts.gather.gather import GatheredLayer
 
 logger = logging.getLogger("asyncep")
 
 _REPORT_SECONDS = 1.0
 # At the start workers come a moment after the experts that they compute with.
 _WORKER_SECONDS = 15.0
+# Calls of one row, to see how long one takes at least.
+_TRIES = 8
+# Where no worker answers yet.
+_CALL_SECONDS = 1e-3
+
+Chooser = Callable[["dict[int, LayerPlace]", Caller], Choice]
+"""Makes a rank's `Choice` from where each layer's experts are."""
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """Where a layer's experts are: here, and on which other hosts."""
+def send_all(layers: dict[int, LayerPlace], caller: Caller) -> Choice:
+    """Of the strategy ``ep``."""
+    del caller
+    return SendAll(layers)
 
-    experts: int
-    own: tuple[range, ...]
-    missing: frozenset[int]
-    holders: Mapping[int, frozenset[int]]
+
+def by_cost(layers: dict[int, LayerPlace], caller: Caller) -> Choice:
+    """Of the strategy ``auto``."""
+    return ByCost(layers, caller.busy)
+
+
+def at_random(seed: int) -> Chooser:
+    """Of the strategy ``random:SEED``."""
+    return lambda layers, caller: AtRandom(layers, random.Random(seed))
 
 
 class CallingRank(RankStrategy):
-    """Computes the rows of its host's experts and sends the others."""
+    """Computes the rows of its host's experts and of those that were fetched, and sends the others.
 
-    def __init__(self, place: RankPlace) -> None:
+    Args:
+        place: the rank.
+        chooser: which are which.
+        fetches: weights are fetched ahead of the computation.
+    """
+
+    def __init__(self, place: RankPlace, chooser: Chooser, *, fetches: bool) -> None:
         super().__init__(place)
-        self._layers: dict[int, _Layer] = {}
-        # By layer and by the hosts that may be asked, which are the same for hours.
-        self._asked: dict[tuple[int, frozenset[int]], tuple[Asked, ...]] = {}
+        self._chooser = chooser
+        self._fetches = fetches
+        self._layers: dict[int, LayerPlace] = {}
         self._workspace = Workspace()
         self._caller: Caller | None = None
+        self._choice: Choice | None = None
+        self._gather: ExpertGather | None = None
+        self._book: GatherBook | None = None
         self._late: LateExperts | None = None
+        self._floor = float(place.cost.flops(place.config.settings.threshold_tokens))
+        self._row_flops = 0.0
+        self._released: float | None = None
+        self._sent_rows = 0
         self._fetched_rows = 0
         self._steps = 0.0
         self._report_at = 0.0
         self._wrong = (0, 0, 0)
+
+    # --- the model ------------------------------------------------------------------------------------------------
 
     def loaded(self) -> None:
         """Every rank of the host has written its shard: waits for the other hosts, and for their workers a moment."""
@@ -68,89 +102,35 @@ class CallingRank(RankStrategy):
         for entry in layers:
             layout = manager.layouts[entry.layer]
             held = {node: layout.held(entry.layer, node) for node in range(group.nodes)}
-            self._layers[entry.layer] = _Layer(
-                layout.experts, runs(held[group.node]), layout.missing(entry.layer, group.node), held
+            self._layers[entry.layer] = LayerPlace(
+                layout.experts, held[group.node], layout.missing(entry.layer, group.node), held
             )
-        self._late = LateExperts(layers, peer_source(manager, group))
+        hidden, inter = layers[0].parameters["w2_weight"].shape[1:]
+        self._row_flops = 6.0 * hidden * inter
         self._caller = Caller(ViewLine(group.exporter_address), verify=group.verify == "every")
+        self._choice = self._chooser(self._layers, self._caller)
+        self._late = LateExperts(layers, peer_source(manager, group, "late"))
+        if self._fetches:
+            self._start_gather(layers, self._choice)
         self._await_workers(self._caller)
+        if isinstance(self._choice, ByCost) and self._book is not None:
+            self._choice.prices = self._measured(layers, self._book)
+            logger.info("rank %d: %s", self.place.rank, self._choice.prices)
         self._report()
 
-    def in_place(self, layer: int) -> bool:
-        """Whether a layer is kept whole."""
-        return layer not in self._layers
-
-    def moe(self, layer: ExpertLayer, hidden: torch.Tensor, topk: TopK) -> torch.Tensor:
-        """See `RankStrategy`. The bits do not depend on who computes a row."""
-        entry = self._layers.get(layer.index)
-        if entry is None or self._caller is None or self._late is None or not topk.ids.numel():
-            return layer.compute(hidden, topk, layer.own)
-        order = cpu.sort(topk.ids, entry.experts, workspace=self._workspace)
-        dtype = cpu.results_dtype(hidden, layer.own)
-        results = self._workspace.take("calls.results", (topk.ids.numel(), hidden.shape[1]), dtype)
-        sent, left = self._send(self._caller, layer.index, entry, hidden, order)
-        for run in entry.own:
-            cpu.run(hidden, order, layer.own, results, first=run.start, last=run.stop, workspace=self._workspace)
-        left += [call.experts for call in self._caller.collect(sent, results)]
-        if left:
-            table = self._late.table(layer.index)
-            for run in left:
-                cpu.run(hidden, order, table, results, first=run.start, last=run.stop, workspace=self._workspace)
-                rows = order.rows(run.start, run.stop)
-                self._fetched_rows += rows.stop - rows.start
-        return cpu.combine(results, order.place, topk.weights, dtype=hidden.dtype)
-
-    def pass_begins(self) -> None:
-        """Workers that are new are found."""
-        if self._caller is not None:
-            self._caller.look()
-
-    def batch_done(self, passes: Sequence[tuple[int, int]], seconds: float) -> None:
-        """Tells the launcher, at most once a second."""
-        del passes
-        self._steps += seconds
-        if self._caller is None:
-            return
-        counts = self._caller.counts
-        # What went wrong is told at once: the next batch on this rank may be long in coming.
-        wrong = (counts.late, counts.declined, self._fetched_rows)
-        if wrong != self._wrong or time.monotonic() >= self._report_at:
-            self._wrong = wrong
-            self._report()
-
-    def close(self) -> None:
-        """Hangs up."""
-        if self._caller is not None:
-            self._caller.close()
-
-    def _send(
-        self, caller: Caller, layer: int, entry: _Layer, hidden: torch.Tensor, order: Sorted
-    ) -> tuple[list[Sent], list[range]]:
-        """Calls under way, and the runs of experts whose rows nobody takes."""
-        starts = order.starts.tolist()
-        sent, left = [], []
-        caller.begin()
-        able = caller.able()
-        if (layer, able) not in self._asked:
-            group = self.place.config.group
-            self._asked[layer, able] = whom_to_ask(entry.missing, entry.holders, able, group.node, group.nodes)
-        for asked, run in self._asked[layer, able]:
-            rows = range(starts[run.start], starts[run.stop])
-            if not len(rows):
-                continue
-            call = None
-            if asked is not None:
-                tokens = order.tokens[rows.start : rows.stop]
-                distinct, places = torch.unique(tokens, return_inverse=True)
-                counts = [starts[expert + 1] - starts[expert] for expert in run]
-                call = caller.send(
-                    asked, layer, run, counts, rows, hidden.index_select(0, distinct), places.to(torch.int32)
-                )
-            if call is None:
-                left.append(run)
-            else:
-                sent.append(call)
-        return sent, left
+    def _start_gather(self, layers: Sequence[GatheredLayer], choice: Choice) -> None:
+        place = self.place
+        started = start_gather(
+            place.experts,
+            place.config.group,
+            place.folder(),
+            len(place.cost.shape.layers),
+            place.config.group.log_gathers,
+            source=ChosenExperts(peer_source(place.experts, place.config.group), choice.prefetch),
+        )
+        assert started is not None, layers
+        self._gather, self._book = started
+        self.batch_flops = self._target
 
     def _await_workers(self, caller: Caller) -> None:
         group, deadline = self.place.config.group, time.monotonic() + _WORKER_SECONDS
@@ -161,15 +141,195 @@ class CallingRank(RankStrategy):
             time.sleep(0.1)
             caller.refresh()
 
+    def _measured(self, layers: Sequence[GatheredLayer], book: GatherBook) -> Prices:
+        """What fetching, computing and calling cost, while nothing else goes on."""
+        assert self._late is not None
+        first, late = layers[0], self._late
+        table, own = self._own_table(first), self._layers[first.layer].own
+        expert, row = seconds_of_work(table, own)
+        copying = share_of_copying(table, own, lambda: late.start(first.layer))
+        fetch = book.seconds / len(first.slot.experts)
+        weights = first.parameters["w2_weight"]
+        per_byte = fetch / sum(first.slot.strides.values())
+        state = weights.shape[1] * weights.element_size() * per_byte
+        calls = [seconds for _ in range(_TRIES) if (seconds := self._call_seconds(first.layer, weights)) is not None]
+        call = min(calls, default=_CALL_SECONDS)
+        return Prices(fetch, expert, row, state, state, max(0.0, call - expert - row), copying)
+
+    @staticmethod
+    def _own_table(entry: GatheredLayer) -> ExpertTable:
+        from asyncep_kernels.moe.table import ExpertTable
+
+        return ExpertTable(entry.parameters["w13_weight"], entry.parameters["w2_weight"])
+
+    def _call_seconds(self, layer: int, weights: torch.Tensor) -> float | None:
+        """Of one call of one row; None if nobody answers."""
+        assert self._caller is not None
+        place, group = self._layers[layer], self.place.config.group
+        caller = self._caller
+        caller.begin()
+        began = time.monotonic()
+        (asked,) = whom_to_ask([min(place.missing)], place.holders, caller.able(), group.node, group.nodes)
+        if asked.node is None:
+            return None
+        hidden = torch.zeros((1, weights.shape[1]), dtype=weights.dtype)
+        call = caller.send(
+            asked.node, layer, {asked.experts[0]: 1}, [range(1)], hidden, torch.zeros(1, dtype=torch.int32)
+        )
+        if call is None:
+            time.sleep(0.05)  # a connection takes a moment to come about
+            return None
+        return None if caller.collect([call], torch.empty_like(hidden)) else time.monotonic() - began
+
+    def in_place(self, layer: int) -> bool:
+        """Whether a layer is kept whole."""
+        return layer not in self._layers
+
+    # --- computing ------------------------------------------------------------------------------------------------
+
+    def pass_begins(self) -> None:
+        """Workers that are new are found, and fetches begin."""
+        self._released = None
+        if self._caller is not None:
+            self._caller.look()
+        if self._gather is not None:
+            self._gather.begin()
+
+    def moe(self, layer: ExpertLayer, hidden: torch.Tensor, topk: TopK) -> torch.Tensor:
+        """See `RankStrategy`. The bits do not depend on who computes a row."""
+        if layer.index not in self._layers or self._caller is None:
+            return layer.compute(hidden, topk, layer.own)
+        began = time.monotonic()
+        before = None if self._released is None else began - self._released
+        table, coming = layer.own, None
+        if self._gather is not None:
+            table, coming = self._gather.take(layer.index, patient=False)
+        if topk.ids.numel():
+            rows = LayerRows(hidden, topk, table, self._workspace)
+            self._compute(layer.index, rows, table, coming, before)
+            out = rows.combined()
+        else:
+            out = layer.compute(hidden, topk, layer.own)
+        if self._gather is not None:
+            self._gather.release(layer.index)
+        self._released = time.monotonic()
+        return out
+
+    def _compute(
+        self, layer: int, rows: LayerRows, table: ExpertTable, coming: InParts | None, before: float | None
+    ) -> None:
+        """Every row of a layer, somewhere."""
+        assert self._caller is not None
+        assert self._choice is not None
+        place, caller = self._layers[layer], self._caller
+        parts = coming.parts if coming is not None else ()
+        under = [Under(part.experts, part.there()) for part in parts]
+        routed = Routed(layer, len(rows.hidden), rows.starts, before)
+        decision = self._choice.decide(routed, under)
+        sent, left = self._send(caller, layer, place, rows, decision.send)
+        left |= decision.fetch
+        awaited = [(part, one) for part, one, wait in zip(parts, under, decision.wait, strict=True) if wait]
+        here = {expert for _, one in awaited if one.there for expert in one.experts}
+        rows.compute(place.own | here, table)
+        waited = caller.counts.wait_seconds
+        exposed = 0.0
+        for part, one in awaited:
+            if not one.there and routed.rows_of(one.experts):
+                since = time.monotonic()
+                gathered = part.wait()
+                exposed += time.monotonic() - since
+                rows.compute(one.experts, table)
+                if gathered.exact and isinstance(self._choice, ByCost):
+                    self._choice.fetched(len(one.experts), gathered.seconds)
+        for call in caller.collect(sent, rows.results):
+            left |= frozenset(call.experts)
+        exposed += caller.counts.wait_seconds - waited
+        if left:
+            exposed += self._fetch_now(layer, rows, left)
+        if self._gather is not None:
+            whole = sum(len(one.experts) for one in under) == len(place.missing)
+            times = coming.wait() if coming is not None and whole and coming.over() else None
+            self._gather.pipeline.waited(exposed, times)
+
+    def _fetch_now(self, layer: int, rows: LayerRows, experts: Collection[int]) -> float:
+        """What nobody else computes; seconds that it was waited for."""
+        assert self._late is not None
+        since = time.monotonic()
+        table = self._late.table(layer, experts)
+        seconds = time.monotonic() - since
+        self._fetched_rows += rows.compute(experts, table)
+        return seconds
+
+    def _send(
+        self, caller: Caller, layer: int, place: LayerPlace, rows: LayerRows, experts: frozenset[int]
+    ) -> tuple[list[Sent], frozenset[int]]:
+        """Calls under way, and experts whose rows nobody takes."""
+        caller.begin()
+        if not experts:
+            return [], frozenset()
+        group = self.place.config.group
+        sent: list[Sent] = []
+        left: set[int] = set()
+        for node, wanted in whom_to_ask(experts, place.holders, caller.able(), group.node, group.nodes):
+            call = None
+            if node is not None:
+                places = [range(rows.starts[run.start], rows.starts[run.stop]) for run in runs(frozenset(wanted))]
+                tokens = torch.cat([rows.order.tokens[one.start : one.stop] for one in places])
+                distinct, order = torch.unique(tokens, return_inverse=True)
+                counts = {expert: rows.count(expert) for expert in wanted}
+                states = rows.hidden.index_select(0, distinct)
+                call = caller.send(node, layer, counts, places, states, order.to(torch.int32))
+            if call is None:
+                left.update(wanted)
+            else:
+                self._sent_rows += call.count
+                sent.append(call)
+        return sent, frozenset(left)
+
+    # --- the books ------------------------------------------------------------------------------------------------
+
+    def batch_done(self, passes: Sequence[tuple[int, int]], seconds: float) -> None:
+        """Learns from it, and tells the launcher, at most once a second."""
+        self._steps += seconds
+        if self._caller is None:
+            return
+        if self._gather is not None and self._book is not None:
+            # What others computed does not belong to this rank's window.
+            flops = float(self.place.cost.batch_flops(list(passes))) - self._sent_rows * self._row_flops
+            self._book.batch(self._gather.take_trace(), max(0.0, flops), seconds, self._target())
+        self._sent_rows = 0
+        counts = self._caller.counts
+        # What went wrong is told at once: the next batch on this rank may be long in coming.
+        wrong = (counts.late, counts.declined, self._fetched_rows)
+        if wrong != self._wrong or time.monotonic() >= self._report_at:
+            self._wrong = wrong
+            self._report()
+
+    def close(self) -> None:
+        """Hangs up."""
+        if self._gather is not None:
+            self._gather.pipeline.close()
+        if self._caller is not None:
+            self._caller.close()
+
+    def _target(self) -> float:
+        """FLOPs that a batch should cost where there is more work: T, or what computes well where that is more."""
+        assert self._book is not None
+        return max(self.place.cost.threshold_flops(self._book.threshold()), self._floor)
+
     def _report(self) -> None:
         self._report_at = time.monotonic() + _REPORT_SECONDS
         assert self._caller is not None
-        counts = self._caller.counts
+        client = self.place.experts.client
+        if self._book is not None and self._gather is not None:
+            counters = self._gather.counters
+            self.place.tell_threshold(self._book.threshold())
+            client.ask(self._book.report(counters.digest_failures, counters.peer_losses), Done)
         report = CallReport(
             rank=self.place.rank,
             layers=len(self._layers),
-            **vars(counts),
+            **vars(self._caller.counts),
             fetched_rows=self._fetched_rows,
             step_seconds=self._steps,
         )
-        self.place.experts.client.ask(report, Done)
+        client.ask(report, Done)

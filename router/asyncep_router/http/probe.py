@@ -150,7 +150,8 @@ def read(model: dict[str, Any], server: dict[str, Any], ours: dict[str, Any]) ->
         chunk_tokens=chunk if isinstance(chunk, int) and chunk > 0 else 0,
         multi_item=bool(server.get("enable_mis", False)),
         layer_threshold=float(ours.get("threshold_flops_per_layer") or 0),
-        gathers=bool(ours.get("gathers")),
+        # Servers before 0.3 do not say it.
+        gathers=bool(ours.get("waits_for_weights", bool(ours.get("gathers")))),
         version=server.get("version"),
     )
 

@@ -62,6 +62,9 @@ class Transfer:
         self.link.holds[self.slot] = self.layer
         return Gathered(1.0, True)
 
+    def over(self) -> bool:
+        return self.link.now >= self.done_at
+
     def cancel(self) -> None:
         self.link.now = max(self.link.now, self.done_at)
         self._end()
@@ -151,6 +154,50 @@ def test_exposed_wait_is_what_the_window_does_not_cover(layers: int, depth: int,
             assert trace[0].exposed == pytest.approx(max(0.0, gather - compute), abs=1e-6)
             assert all(entry.window == pytest.approx(compute, abs=1e-6) for entry in trace[:-1])
             assert trace[-1].window is None
+
+
+@settings(max_examples=400)
+@given(
+    history=histories(),
+    compute=st.floats(0, 5),
+    patience=st.lists(st.sampled_from(["wait", "patient", "impatient", "ignore"]), min_size=1, max_size=9),
+)
+def test_who_takes_what_is_there_never_reads_what_is_being_written(
+    history: tuple[int, int, list[float], set[int], list[tuple[int, bool]]], compute: float, patience: list[str]
+) -> None:
+    """Whether it waits for what comes or leaves it, in any order; what it leaves is not in the way of what follows."""
+    count, depth, seconds, _, batches = history
+    link = Link(seconds)
+    pipeline = GatherPipeline(range(count), depth, link.start, lambda: link.now)
+    turn = 0
+    for computed, left_in_use in batches:
+        pipeline.begin()
+        for layer in range(computed):
+            how, turn = patience[turn % len(patience)], turn + 1
+            if how == "wait":
+                slot = pipeline.wait(layer)
+                assert link.holds[slot] == layer
+            else:
+                before = link.now
+                slot, fetch = pipeline.take(layer, patient=how == "patient")
+                if how == "patient":
+                    assert fetch is not None
+                else:
+                    assert link.now == before, "an impatient one waited"
+                if fetch is not None:
+                    assert isinstance(fetch, Transfer)
+                    assert (fetch.layer, fetch.slot) == (layer, slot)
+                    if how != "ignore":
+                        pipeline.waited(link.now - before, fetch.wait())
+                        assert link.holds[slot] == layer
+            link.reading.add(slot)
+            link.now += compute
+            link.reading.discard(slot)
+            if left_in_use and layer == computed - 1:
+                break
+            pipeline.release(layer)
+    pipeline.close()
+    assert not link.writing
 
 
 def test_depth_one_hides_nothing() -> None:

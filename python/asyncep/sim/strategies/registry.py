@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from asyncep.sim.errors import DataError, DoesNotFit
 from asyncep.sim.memory import Shares
 from asyncep.sim.strategies.coupled import CollectiveGather, DataParallelExperts
+from asyncep.sim.strategies.expert_calls import ExpertCalls, Neighbours
 from asyncep.sim.strategies.independent import OneSidedGather
 from asyncep.sim.strategies.single import ExpertParallel, PipelineParallel, TensorParallel
 
@@ -181,6 +182,28 @@ class AsyncEPCollective(AsyncEP):
         ]
 
 
+class Auto(AsyncEP):
+    """The rest is read from the others where the computation hides it, and tokens travel where it does not."""
+
+    name = "auto"
+
+    def executors(self, site: Site) -> list[Executor]:
+        """Every device on its own clock; it knows which of its group compute."""
+        found: list[Executor] = []
+        for _ in range(_groups_of(site)):
+            group = Neighbours()
+            link = site.cluster.inside if site.ranks <= site.cluster.per_node else site.cluster.between
+            found += [
+                ExpertCalls(site.kernels, site.t_ep, site.ranks, site.skew, link.latency, number, group)
+                for number in range(site.ranks)
+            ]
+        return found
+
+    def groups(self, devices: int) -> Sequence[int]:
+        """A device alone has nobody to send to."""
+        return [group for group in _group_sizes(devices) if group > 1]
+
+
 class Tensor(Strategy):
     """Every product is divided over the group's devices."""
 
@@ -270,6 +293,7 @@ class DataAttention(Strategy):
 _ALL: tuple[Strategy, ...] = (
     AsyncEP(),
     Replicated(),
+    Auto(),
     Tensor(),
     Pipelined(),
     Expert(),
@@ -277,8 +301,9 @@ _ALL: tuple[Strategy, ...] = (
     AsyncEPCollective(),
 )
 NAMES: tuple[str, ...] = tuple(strategy.name for strategy in _ALL)
-PROPOSED: tuple[str, ...] = tuple(name for name in NAMES if name != AsyncEPCollective.name)
-"""What a planner weighs. The collective variant is AsyncEP's own baseline, for none to be preferred to AsyncEP."""
+PROPOSED: tuple[str, ...] = tuple(name for name in NAMES if name not in (AsyncEPCollective.name, Auto.name))
+"""What a planner weighs. The collective variant is AsyncEP's own baseline, for none to be preferred to AsyncEP. Calls
+are served on hosts with CPUs alone, and are simulated for what devices would gain."""
 BASELINES: tuple[str, ...] = (Tensor.name, Pipelined.name, Expert.name, DataAttention.name)
 """Distributed baselines that need no more memory than AsyncEP."""
 # For one version.

@@ -110,6 +110,7 @@ GOOD: dict[str, Any] = {"number": 1, "oldest": 1, "layer": 0, "first": 1, "count
         ({"first": 4}, 2 * WIDTH * 2, [0, 1, 1], "experts 4 to 6 of 6"),
         ({"counts": ()}, 2 * WIDTH * 2, [], "experts 1 to 0 of 6"),
         ({"first": 0}, 2 * WIDTH * 2, [0, 1, 1], "are not all on this host"),
+        ({"first": 0, "counts": (0, 2, 1)}, 2 * WIDTH * 2, [0, 1, 1], None),
         ({"counts": (2, 0, 2)}, 2 * WIDTH * 2, [0, 1, 1], "4 rows are announced and 3 came"),
         ({"counts": (4, -2, 1)}, 2 * WIDTH * 2, [0, 1, 1], "3 rows are announced and 3 came"),
         ({"tokens": 3}, 2 * WIDTH * 2, [0, 1, 1], "are not 3 hidden states"),
@@ -176,23 +177,25 @@ def test_every_missing_expert_is_asked_for_once(
     missing -= held[node]
     asked = whom_to_ask(frozenset(missing), holders, frozenset(able), node, nodes)
     assert sorted(expert for entry in asked for expert in entry.experts) == sorted(missing)
-    for other, run in asked:
+    assert len({other for other, _ in asked}) == len(asked)
+    for other, experts in asked:
+        assert list(experts) == sorted(experts)
         if other is None:
-            assert not any(expert in holders[n] for n in able & set(range(nodes)) - {node} for expert in run)
+            assert not any(expert in holders[n] for n in able & set(range(nodes)) - {node} for expert in experts)
         else:
             assert other != node
             assert other in able
-            assert set(run) <= holders[other]
+            assert set(experts) <= holders[other]
 
 
-def test_experts_that_several_hosts_have_are_asked_for_in_few_runs() -> None:
+def test_experts_that_several_hosts_have_are_divided_among_them() -> None:
     """Three hosts with two copies each: a call for each host, not one for each expert."""
     holders = {0: frozenset(range(64)), 1: frozenset(range(32, 96)), 2: frozenset({*range(64, 96), *range(32)})}
     missing = frozenset(range(64, 96))
     asked = whom_to_ask(missing, holders, frozenset({0, 1, 2}), 0, 3)
-    assert asked == ((1, range(64, 80)), (2, range(80, 96)))
-    assert whom_to_ask(missing, holders, frozenset({2}), 0, 3) == ((2, range(64, 96)),)
-    assert whom_to_ask(missing, holders, frozenset(), 0, 3) == ((None, range(64, 96)),)
+    assert asked == ((1, tuple(range(64, 80))), (2, tuple(range(80, 96))))
+    assert whom_to_ask(missing, holders, frozenset({2}), 0, 3) == ((2, tuple(range(64, 96))),)
+    assert whom_to_ask(missing, holders, frozenset(), 0, 3) == ((None, tuple(range(64, 96))),)
 
 
 def test_a_call_is_late_after_four_times_what_calls_take() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import zmq
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 from asyncep_kernels.moe import cpu
 from asyncep_kernels.moe.table import ExpertTable
@@ -104,12 +107,16 @@ def layer(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch
     return hidden, ids, torch.rand(tokens, 3, generator=generator)
 
 
-def send(caller: Caller, hidden: torch.Tensor, order: Any, *, of: int = LAYER, run: range = AWAY) -> Sent | None:
+def send(
+    caller: Caller, hidden: torch.Tensor, order: Any, *, of: int = LAYER, run: Sequence[int] = AWAY
+) -> Sent | None:
+    """The rows of some experts, wherever between the others they stand."""
     starts = order.starts.tolist()
-    rows = range(starts[run.start], starts[run.stop])
-    distinct, places = torch.unique(order.tokens[rows.start : rows.stop], return_inverse=True)
-    counts = [starts[expert + 1] - starts[expert] for expert in run]
-    return caller.send(1, of, run, counts, rows, hidden[distinct.long()], places.to(torch.int32))
+    places = [range(starts[expert], starts[expert + 1]) for expert in run]
+    tokens = torch.cat([order.tokens[place.start : place.stop] for place in places])
+    distinct, of_distinct = torch.unique(tokens, return_inverse=True)
+    counts = {expert: len(place) for expert, place in zip(run, places, strict=True)}
+    return caller.send(1, of, counts, places, hidden[distinct.long()], of_distinct.to(torch.int32))
 
 
 def sent_at_last(caller: Caller, *given: Any, **how: Any) -> Sent:
@@ -142,6 +149,40 @@ def test_rows_that_went_there_and_back_are_those_of_here(caller: Caller, served:
         == 3 * (order.rows(AWAY.start, AWAY.stop).stop - order.rows(4, 8).start)
     )
     assert served.worker.served.calls == 3
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 300), st.sets(st.sampled_from(list(AWAY)), min_size=1), st.integers(0, 99), st.integers(1, 60))
+def test_any_of_the_others_experts_may_be_sent(
+    caller: Caller, tokens: int, away: set[int], seed: int, part_rows: int
+) -> None:
+    """The rest is computed here, and each row comes to its place in however many parts."""
+    hidden, ids, weights = layer(tokens, seed)
+    order = cpu.sort(ids, EXPERTS)
+    starts = order.starts.tolist()
+    assume(any(starts[expert] < starts[expert + 1] for expert in away))
+    results = torch.full((ids.numel(), WIDTH), float("nan"), dtype=torch.bfloat16)
+    caller.begin()
+    with mock.patch.object(worker_module, "_PART_BYTES", part_rows * WIDTH * 2):
+        call = sent_at_last(caller, hidden, order, run=sorted(away))
+        for expert in set(range(EXPERTS)) - away:
+            cpu.run(hidden, order, experts(), results, first=expert, last=expert + 1)
+        assert caller.collect([call], results) == []
+    whole = cpu.moe(hidden, ids, weights, experts())
+    assert torch.equal(cpu.combine(results, order.place, weights, dtype=hidden.dtype), whole)
+
+
+def test_an_answer_says_how_busy_its_host_is(caller: Caller, served: Served) -> None:
+    served.worker._busy = lambda: 0.75
+    assert caller.busy() == 0.0
+    hidden, ids, _ = layer(20)
+    order = cpu.sort(ids, EXPERTS)
+    caller.begin()
+    call = sent_at_last(caller, hidden, order)
+    caller.collect([call], torch.zeros((ids.numel(), WIDTH), dtype=torch.bfloat16))
+    assert caller.busy() == 0.75
+    call.line.trust.until = float("inf")
+    assert caller.busy() == 1.0  # nobody may be asked
 
 
 def test_calls_of_several_callers_are_computed_in_one_run(served: Served) -> None:
@@ -258,7 +299,7 @@ def test_a_call_that_is_given_up_teaches_how_long_calls_take(
         call.late_at = 0.0
         monkeypatch.setattr(caller_module, "LATE_SECONDS", 0.2)
         assert caller.collect([call], results) == [call]
-    assert (call.line.estimate.expected(len(call.rows)) or 0) >= 0.2
+    assert (call.line.estimate.expected(call.count) or 0) >= 0.2
     assert call.line.trust.misses == 1
 
 
@@ -286,7 +327,7 @@ def test_parts_that_overlap_or_leave_rows_out_are_no_answer(caller: Caller, part
     results = torch.zeros((6, WIDTH), dtype=torch.bfloat16)
     caller.begin()
     call = sent_at_last(caller, hidden, order)
-    call.rows, call.left = range(4), 4
+    call.rows, call.count, call.left = [range(4)], 4, 4
     refused = []
     for row, rows in parts:
         frame = zmq.Frame(bytes(max(0, rows) * WIDTH * 2))

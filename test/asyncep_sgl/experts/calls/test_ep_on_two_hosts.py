@@ -8,62 +8,25 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import httpx
 import psutil
 import pytest
-import server as servers
-from host_pair import one_by_one, prompts, start_on
+from host_pair import Pair, calls, metric, one_by_one, pair_of_servers, prompts, worker
 from server import Server
-from two_hosts import Hosts, NoNamespacesError, two_hosts
 
 pytestmark = pytest.mark.server
 
 
-class Pair(NamedTuple):
-    hosts: Hosts
-    one: Server
-    other: Server
-    alone: Server
+@pytest.fixture(scope="module")
+def alone(tiny_model: Callable[[str], Path], serve: Callable[..., Server]) -> Server:
+    return serve(tiny_model("qwen3_moe"), "--device", "cpu", ranks=1)
 
 
 @pytest.fixture(scope="module")
-def pair(
-    tiny_model: Callable[[str], Path], serve: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Pair]:
-    started: list[Server] = []
-    try:
-        with two_hosts("100mbit") as hosts:
-            for host in (1, 0):
-                log = tmp_path_factory.mktemp("host") / "log.txt"
-                started.append(start_on(hosts, host, tiny_model("qwen3_moe"), log, "--asyncep-strategy", "ep"))
-            other, one = started
-            alone = serve(tiny_model("qwen3_moe"), "--device", "cpu", ranks=1)
-            for server in started:
-                servers.wait_ready(server)
-            yield Pair(hosts, one, other, alone)
-    except NoNamespacesError as error:
-        pytest.skip(str(error))
-    finally:
-        for server in started:
-            server.stop(signal.SIGKILL)
-
-
-def calls(server: Server) -> dict[str, float]:
-    """What its ranks have said of their calls, added up."""
-    reports = server.status()["calls"]
-    return {name: sum(report[name] for report in reports) for name in reports[0] if name not in ("rank", "type")}
-
-
-def worker(server: Server) -> psutil.Process:
-    launcher = psutil.Process(server.process.pid)
-    return next(p for p in launcher.children(recursive=True) if "asyncep_sgl.experts.calls.worker" in p.cmdline())
-
-
-def metric(server: Server, name: str) -> float:
-    text = httpx.get(server.url + "/metrics", timeout=30).text
-    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name))
+def pair(tiny_model: Callable[[str], Path], alone: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with pair_of_servers(tiny_model("qwen3_moe"), alone, tmp_path_factory, "--asyncep-strategy", "ep") as found:
+        yield found
 
 
 def test_answers_are_bit_for_bit_those_of_one_host(pair: Pair) -> None:

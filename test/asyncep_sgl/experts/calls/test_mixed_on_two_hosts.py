@@ -1,0 +1,42 @@
+"""Weights and tokens mixed on two emulated hosts, two ranks each: one host's bits, whatever is chosen or killed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from host_pair import calls, metric, one_by_one, pair_of_servers, prompts, side_process, worker
+from server import Server
+
+pytestmark = pytest.mark.server
+
+
+@pytest.mark.parametrize("strategy", ["auto", "random:1"])
+def test_whatever_is_fetched_and_sent_the_bits_are_the_same(
+    tiny_model: Callable[[str], Path],
+    serve: Callable[..., Server],
+    tmp_path_factory: pytest.TempPathFactory,
+    strategy: str,
+) -> None:
+    """Chosen by cost or drawn, on both hosts at once, while one host's worker and exporter are killed."""
+    model = tiny_model("qwen3_moe")
+    alone = serve(model, "--device", "cpu", ranks=1)
+    wanted = prompts(40, seed=5)
+    expected = one_by_one(alone, wanted)
+    with pair_of_servers(model, alone, tmp_path_factory, "--asyncep-strategy", strategy) as pair:
+        with ThreadPoolExecutor(2) as pool:
+            found = [pool.submit(one_by_one, server, wanted) for server in (pair.one, pair.other)]
+            time.sleep(1.0)
+            worker(pair.other).kill()
+            side_process(pair.one, "group.exporter").kill()
+            assert [one.result(300) for one in found] == [expected, expected]
+        for server in (pair.one, pair.other):
+            assert calls(server)["sent"] > 0
+            assert server.status()["gathers"][0]["layers"] == 2
+            assert not server.status()["waits_for_weights"]
+        if strategy == "random:1":
+            assert metric(pair.one, "asyncep_calls_fetched_rows_total") > 0
+            assert metric(pair.one, "asyncep_gather_batches_total") > 0
