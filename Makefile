@@ -86,6 +86,9 @@ bench-processes: setup ## processor time of each process a request, with and wit
 bench-paper: setup ## AsyncEP beside TP, PP, EP and DP over a limited link, under an hour (needs root; ARGS="--plot FILE")
 	@$(PY) bench/paper.py $(QUICK) $(ARGS)
 
+bench-calls: setup ## weights or tokens: auto beside AsyncEP, TP, PP, EP and DP over a limited link, under 40 minutes (needs root)
+	@$(PY) bench/calls.py $(QUICK) $(ARGS)
+
 bench-kernels: setup ## each CPU kernel against what SGLang does
 	@$(PY) bench/kernels.py $(QUICK)
 

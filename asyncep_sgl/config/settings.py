@@ -74,9 +74,10 @@ class RunSettings:
         "NAME",
         "how experts and tokens come together: replicated (this host's memory has all experts), asyncep (each host or "
         "GPU keeps a part and gathers the rest ahead of the computation), ep (each host keeps a part; tokens go to the "
-        "hosts that have their experts), or MODULE:CLASS of your own "
-        "(docs/internals/strategies.md)",
-        shown="asyncep with several hosts, several GPUs, --asyncep-expert-memory or a GPU too small; else replicated",
+        "hosts that have their experts), auto (each host keeps a part; weights or tokens travel, whichever is faster), "
+        "or MODULE:CLASS of your own (docs/internals/strategies.md)",
+        shown="auto with several hosts; asyncep with several GPUs, --asyncep-expert-memory or a GPU too small; else "
+        "replicated",
     )
     threshold_tokens: int = setting(
         2048,

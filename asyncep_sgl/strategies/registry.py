@@ -46,6 +46,8 @@ def find(name: str) -> type[Strategy]:
 
 def default(group: GroupConfig) -> str:
     """The strategy of a run whose command line names none."""
+    if group.nodes > 1:
+        return "auto"
     return "asyncep" if group.divides else "replicated"
 
 

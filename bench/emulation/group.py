@@ -100,6 +100,7 @@ def group(
     """Both hosts' servers, one rank and one core each, ready.
 
     Args:
+        flags: of both; the strategy is ``asyncep`` unless they name another.
         divided: the hosts share one set of experts; False: each has all of them and knows of no other host.
         environment: more variables.
     """
@@ -114,7 +115,9 @@ def group(
                 command += ["--weight-version", f"rank {node}"]
                 if divided:
                     command += ["--nnodes", "2", "--node-rank", str(node), "--dist-init-addr", hosts.rendezvous]
-                    if not {"ep"} & set(flags):  # it has none
+                    if "--asyncep-strategy" not in flags:
+                        command += ["--asyncep-strategy", "asyncep"]
+                    if "ep" not in flags:  # it gathers nothing
                         command += ["--asyncep-log-gathers"]
                 with log.open("wb") as output:
                     process = subprocess.Popen(

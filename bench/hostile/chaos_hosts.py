@@ -1,4 +1,4 @@
-"""Two emulated hosts that keep half of the experts each: the link between them cut, an exporter killed or stopped."""
+"""Two emulated hosts that keep half of the experts each: the link cut, exporter, worker or rank killed or stopped."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ _PATIENCE = "5"
 _FLAGS = ("--dtype", "float32", "--asyncep-patience-secs", _PATIENCE, "--log-level", "warning")
 
 
+# What crosses the link: weights, whichever is faster, and what is drawn.
+STRATEGIES = ("asyncep", "auto", "random:1")
+
+
 def by_ids(asked: list[Question]) -> list[Question]:
     """Those that a server without a tokenizer takes."""
     return [question for question in asked if "input_ids" in question.body]
@@ -33,8 +37,16 @@ async def cases(model: Path, clients: int, seconds: float, seed: int) -> AsyncIt
     Raises:
         NoNamespacesError: this machine cannot emulate hosts.
     """
-    with two_hosts("200mbit") as hosts, group(hosts, model, *_FLAGS) as servers:
+    for strategy in STRATEGIES:
+        async for result in _cases(model, clients, seconds, seed, strategy):
+            yield result
+
+
+async def _cases(model: Path, clients: int, seconds: float, seed: int, strategy: str) -> AsyncIterator[Result]:
+    flags = (*_FLAGS, "--asyncep-strategy", strategy)
+    with two_hosts("200mbit") as hosts, group(hosts, model, *flags) as servers:
         one, other = servers
+        name = f"hosts, {strategy}"
         asked = by_ids(questions(30, seed))
         expected = await answers(one.url, asked, None)
         load = Load(asked, expected, clients, before=20, after=40)
@@ -43,7 +55,7 @@ async def cases(model: Path, clients: int, seconds: float, seed: int) -> AsyncIt
             return one.process.poll() is not None or other.process.poll() is not None
 
         yield await disturbed(
-            f"hosts: the link is cut for {seconds:g} s",
+            f"{name}: the link is cut for {seconds:g} s",
             one.url,
             lambda: _cut(hosts, seconds),
             load,
@@ -52,25 +64,26 @@ async def cases(model: Path, clients: int, seconds: float, seed: int) -> AsyncIt
             key=None,
         )
         faults: tuple[tuple[str, Callable[[int], Fault]], ...] = (
-            ("hosts: kill -9 the other host's exporter", lambda pid: signalled(pid, signal.SIGKILL)),
-            (f"hosts: SIGSTOP the other host's exporter for {seconds:g} s", lambda pid: stopped(pid, seconds)),
+            ("kill -9", lambda pid: signalled(pid, signal.SIGKILL)),
+            (f"for {seconds:g} s SIGSTOP", lambda pid: stopped(pid, seconds)),
         )
-        for name, fault in faults:
-            exporter = _exporter(other)
-            if exporter is None:
-                continue
-            yield await disturbed(
-                name,
-                one.url,
-                fault(exporter.pid),
-                load,
-                lambda: _healthy(one) and _exporter(other) is not None,
-                ended,
-                key=None,
-            )
+        for side in ("exporter", "worker"):
+            for how, fault in faults:
+                process = _side_process(other, side)
+                if process is None:  # the strategy has none
+                    continue
+                yield await disturbed(
+                    f"{name}: {how} the other host's {side}",
+                    one.url,
+                    fault(process.pid),
+                    load,
+                    lambda side=side: _healthy(one) and _side_process(other, side) is not None,  # type: ignore[misc]
+                    ended,
+                    key=None,
+                )
         rank = other.scheduler()
         yield await disturbed(
-            "hosts: kill -9 the other host's rank",
+            f"{name}: kill -9 the other host's rank",
             one.url,
             signalled(rank.pid, signal.SIGKILL),
             load,
@@ -96,11 +109,11 @@ def _healthy(server: GroupServer) -> bool:
         return False
 
 
-def _exporter(server: GroupServer) -> psutil.Process | None:
-    """The process through which the other host reads; the server's own process runs under `ip netns exec`."""
+def _side_process(server: GroupServer, side: str) -> psutil.Process | None:
+    """The process that the other host reads or calls; the server's own process runs under `ip netns exec`."""
     for process in psutil.Process(server.process.pid).children(recursive=True):
         try:
-            if role(process, server.process.pid) == "exporter":
+            if role(process, server.process.pid) == side:
                 return process
         except psutil.Error:
             continue

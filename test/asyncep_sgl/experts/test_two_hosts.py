@@ -43,7 +43,8 @@ def pair(
         def start(host: int, model: Path | None = None, port: int = PORT) -> Server:
             log = tmp_path_factory.mktemp("host") / "log.txt"
             path = model or tiny_model("qwen3_moe")
-            started.append(start_on(hosts, host, path, log, "--asyncep-log-gathers", port=port, patience=PATIENCE))
+            flags = ("--asyncep-strategy", "asyncep", "--asyncep-log-gathers")
+            started.append(start_on(hosts, host, path, log, *flags, port=port, patience=PATIENCE))
             return started[-1]
 
         try:
