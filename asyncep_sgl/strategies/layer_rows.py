@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from asyncep_kernels.moe import cpu
 from asyncep_sgl.experts.shard.layout import runs
@@ -42,6 +45,20 @@ class LayerRows:
     def count(self, expert: int) -> int:
         """Rows of one expert."""
         return self.starts[expert + 1] - self.starts[expert]
+
+    def by_tokens(self, experts: Collection[int], pieces: int) -> list[dict[int, range]]:
+        """The rows of ``experts``, cut between tokens; of each piece, experts that have rows with their ranges."""
+        tokens = self.order.tokens.numpy()
+        bounds = [len(self.hidden) * number // pieces for number in range(pieces + 1)]
+        found: list[dict[int, range]] = [{} for _ in range(pieces)]
+        for expert in sorted(experts):
+            start, stop = self.starts[expert], self.starts[expert + 1]
+            # An expert's rows stand in the order of their tokens.
+            cuts = [start, *(start + np.searchsorted(tokens[start:stop], bounds[1:-1])).tolist(), stop]
+            for piece, (first, last) in zip(found, itertools.pairwise(cuts), strict=True):
+                if first < last:
+                    piece[expert] = range(first, last)
+        return [piece for piece in found if piece]
 
     def compute(self, experts: Collection[int], table: ExpertTable) -> int:
         """Computes the rows of ``experts`` here; returns how many."""

@@ -274,8 +274,11 @@ class Caller:
                     line.estimate.took(call.count, seconds)
                 line.trust.answered()
                 del waiting[line, call.number]
-            else:
-                call.late_at = now + line.estimate.late(call.count)
+            if reason is None:
+                # Whoever answers one call of several has not forgotten the others.
+                for other in waiting.values():
+                    if other.line is line:
+                        other.late_at = max(other.late_at, now + line.estimate.late(other.count))
 
     def _place(self, call: Sent, answer: Answer, frames: Sequence[zmq.Frame], results: torch.Tensor) -> str | None:
         """Puts a part's products where they belong; what is wrong with them."""

@@ -74,6 +74,9 @@ class Choice(Protocol):
     def decide(self, routed: Routed, parts: Sequence[Under]) -> Decision:
         """What becomes of the layer's missing experts. ``parts``: of those that `prefetch` named."""
 
+    def pieces(self, routed: Routed, experts: Sequence[int]) -> int:
+        """In how many pieces the tokens of some experts are sent to their host."""
+
 
 def _decision(place: LayerPlace, routed: Routed, parts: Sequence[Under], wait: Sequence[bool]) -> Decision:
     """Everything is sent that is not waited for."""
@@ -97,6 +100,11 @@ class SendAll:
         """See `Choice`."""
         return _decision(self.layers[routed.layer], routed, parts, [False] * len(parts))
 
+    def pieces(self, routed: Routed, experts: Sequence[int]) -> int:
+        """See `Choice`."""
+        del routed, experts
+        return 1
+
 
 @dataclass
 class AtRandom:
@@ -116,6 +124,11 @@ class AtRandom:
         found = _decision(self.layers[routed.layer], routed, parts, wait)
         fetch = frozenset(expert for expert in sorted(found.send) if self.numbers.random() < 0.3)
         return Decision(found.wait, found.send - fetch, fetch)
+
+    def pieces(self, routed: Routed, experts: Sequence[int]) -> int:
+        """See `Choice`."""
+        del routed, experts
+        return self.numbers.randint(1, 4)
 
 
 # A fetch moves its price by this share of the difference.
@@ -204,6 +217,12 @@ class ByCost:
         )
         wait = [number < there + awaited for number in range(len(parts))]
         return _decision(place, routed, parts, wait)
+
+    def pieces(self, routed: Routed, experts: Sequence[int]) -> int:
+        """See `Choice`."""
+        if self.prices is None:
+            return 1
+        return self.prices.pieces(*_with_rows(routed, experts), routed.tokens, self.busy())
 
 
 def _with_rows(routed: Routed, experts: Sequence[int]) -> tuple[int, int]:

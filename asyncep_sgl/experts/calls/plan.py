@@ -3,11 +3,12 @@
 Both decisions ask when a layer would be done. A rank computes its own host's rows and those of fetched experts; the
 rows of the others travel meanwhile. With the prices of `Prices`, in seconds, a sent call is back after
 
-    call + min(rows, tokens) out + max((experts expert + rows row) (1 + busy), rows back)
+    call + min(rows, tokens) out / pieces + max((pieces experts expert + rows row) (1 + busy), rows back)
 
-A busy host computes a call at half its speed. It also sends as many calls as it is sent, so what a rank saves by
-sending to it, it pays by serving it. Between an idle pair sending uses two hosts' cores for one pass. Whatever travels
-takes a share of the computing core too, unless a copy engine does the work.
+The first products come back once the first piece of the tokens is there; each piece reads the weights again. A busy
+host computes a call at half its speed. It also sends as many calls as it is sent, so what a rank saves by sending to
+it, it pays by serving it. Between an idle pair sending uses two hosts' cores for one pass. Whatever travels takes a
+share of the computing core too, unless a copy engine does the work.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from dataclasses import dataclass, replace
 
 # Fetched weights are preferred to calls that would be this much faster: they wait for nobody.
 _AS_GOOD = 1.03
+# Into which a layer's tokens for one host may be cut.
+_PIECES = range(1, 5)
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,15 @@ class Prices:
 
     def sent(self, experts: float, rows: float, tokens: float, busy: float) -> float:
         """Until rows are back that ``tokens`` have at so many ``experts`` of a host that is ``busy``, 0 to 1."""
-        if rows <= 0:
-            return 0.0
-        out = min(rows, tokens) * self.out
-        return self.call + out + max(self.work(experts, rows) * (1 + busy), rows * self.back)
+        return min(self._sent_in(pieces, experts, rows, tokens, busy) for pieces in _PIECES) if rows > 0 else 0.0
+
+    def pieces(self, experts: float, rows: float, tokens: float, busy: float) -> int:
+        """In how many pieces they are best sent."""
+        return min(_PIECES, key=lambda pieces: self._sent_in(pieces, experts, rows, tokens, busy))
+
+    def _sent_in(self, pieces: int, experts: float, rows: float, tokens: float, busy: float) -> float:
+        out = min(rows, tokens) * self.out / pieces
+        return self.call + out + max(self.work(pieces * experts, rows) * (1 + busy), rows * self.back)
 
 
 @dataclass(frozen=True)

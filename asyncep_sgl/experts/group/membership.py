@@ -17,8 +17,8 @@ _SHARED = {
     "resident_layers": "give every host the same --asyncep-resident-layers",
     "resident_experts": "give every host the same --asyncep-resident-experts",
     "strategy": "give every host the same --asyncep-strategy",
-    "isa": "rows that are computed with other instructions have other bits; set ASYNCEP_CPU_ISA to one that all have, or "
-    "give --asyncep-strategy asyncep",
+    "isa": "rows that are computed with other instructions have other bits; set ASYNCEP_CPU_ISA to one that all have, "
+    "or give --asyncep-strategy asyncep",
 }
 
 

@@ -20,7 +20,6 @@ from asyncep_sgl.experts.calls.plan import Prices
 from asyncep_sgl.experts.gather.gather import ExpertGather, InParts
 from asyncep_sgl.experts.gather.log import GatherBook
 from asyncep_sgl.experts.group.view import ViewLine
-from asyncep_sgl.experts.shard.layout import runs
 from asyncep_sgl.experts.sources.chosen import ChosenExperts
 from asyncep_sgl.experts.start import missing_layers, peer_source, start_gather
 from asyncep_sgl.experts.store.messages import CallReport, Done
@@ -226,7 +225,7 @@ class CallingRank(RankStrategy):
         under = [Under(part.experts, part.there()) for part in parts]
         routed = Routed(layer, len(rows.hidden), rows.starts, before)
         decision = self._choice.decide(routed, under)
-        sent, left = self._send(caller, layer, place, rows, decision.send)
+        sent, left = self._send(caller, place, rows, routed, decision.send)
         left |= decision.fetch
         awaited = [(part, one) for part, one, wait in zip(parts, under, decision.wait, strict=True) if wait]
         here = {expert for _, one in awaited if one.there for expert in one.experts}
@@ -261,9 +260,10 @@ class CallingRank(RankStrategy):
         return seconds
 
     def _send(
-        self, caller: Caller, layer: int, place: LayerPlace, rows: LayerRows, experts: frozenset[int]
+        self, caller: Caller, place: LayerPlace, rows: LayerRows, routed: Routed, experts: frozenset[int]
     ) -> tuple[list[Sent], frozenset[int]]:
-        """Calls under way, and experts whose rows nobody takes."""
+        """Calls under way, and experts some of whose rows nobody takes."""
+        assert self._choice is not None
         caller.begin()
         if not experts:
             return [], frozenset()
@@ -271,19 +271,20 @@ class CallingRank(RankStrategy):
         sent: list[Sent] = []
         left: set[int] = set()
         for node, wanted in whom_to_ask(experts, place.holders, caller.able(), group.node, group.nodes):
-            call = None
-            if node is not None:
-                places = [range(rows.starts[run.start], rows.starts[run.stop]) for run in runs(frozenset(wanted))]
-                tokens = torch.cat([rows.order.tokens[one.start : one.stop] for one in places])
-                distinct, order = torch.unique(tokens, return_inverse=True)
-                counts = {expert: rows.count(expert) for expert in wanted}
-                states = rows.hidden.index_select(0, distinct)
-                call = caller.send(node, layer, counts, places, states, order.to(torch.int32))
-            if call is None:
+            if node is None:
                 left.update(wanted)
-            else:
-                self._sent_rows += call.count
-                sent.append(call)
+                continue
+            for places in rows.by_tokens(wanted, self._choice.pieces(routed, wanted)):
+                tokens = torch.cat([rows.order.tokens[one.start : one.stop] for one in places.values()])
+                distinct, order = torch.unique(tokens, return_inverse=True)
+                counts = {expert: len(one) for expert, one in places.items()}
+                states = rows.hidden.index_select(0, distinct)
+                call = caller.send(node, routed.layer, counts, [*places.values()], states, order.to(torch.int32))
+                if call is None:
+                    left.update(counts)
+                else:
+                    self._sent_rows += call.count
+                    sent.append(call)
         return sent, frozenset(left)
 
     # --- the books ------------------------------------------------------------------------------------------------

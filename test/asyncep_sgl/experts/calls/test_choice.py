@@ -135,6 +135,25 @@ def test_what_is_awaited_is_nearly_the_fastest(
     assert by_count[count] <= min(by_count) * 1.03 + 1e-12
 
 
+@given(st.integers(0, 16), st.floats(1, 1e4), st.integers(1, 20_000), prices, st.floats(0, 1))
+def test_pieces_are_as_many_as_are_fastest(experts: int, sent: float, tokens: int, cost: Prices, busy: float) -> None:
+    pieces = cost.pieces(experts, sent, tokens, busy)
+    assert 1 <= pieces <= 4
+    out = min(sent, tokens) * cost.out
+    work = (pieces * experts * cost.expert + sent * cost.row) * (1 + busy)
+    assert cost.sent(experts, sent, tokens, busy) == pytest.approx(
+        cost.call + out / pieces + max(work, sent * cost.back)
+    )
+    whole = (experts * cost.expert + sent * cost.row) * (1 + busy)
+    assert cost.sent(experts, sent, tokens, busy) <= (cost.call + out + max(whole, sent * cost.back)) * (1 + 1e-9)
+
+
+def test_a_slow_link_cuts_and_a_fast_one_does_not() -> None:
+    assert SLOW.pieces(16, 8192, 4096, 0.0) == 4
+    assert FAST.pieces(16, 8192, 4096, 0.0) == 1
+    assert SLOW.pieces(16, 64, 32, 0.0) == 1
+
+
 def test_parts_come_one_after_the_other() -> None:
     assert due([1, 2, 1], 0.5) == [0.5, 1.5, 2.0]
     assert due([], 0.5) == []
