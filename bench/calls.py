@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,16 @@ from asyncep_router.cost import ModelCost
 SEED = 20261201
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 WIDE_LENGTHS = (256, 512, 1024)
-# The emulated link, and what 3 and 10 Gbit/s are to one of 0.76.
+# Multiples of the H100's ratio; 4 and 13 are what 3 and 10 Gbit/s are to 0.76.
 FACTORS = (1.0, 4.0, 13.0)
 # Each load is served until so much time has passed, at least once.
 LEAST_SECONDS = 20.0
-# Experts as wide as a token's products with them are long.
+# Experts four times as wide: a row computes four times as long, its bytes on the link stay the same.
 WIDE = {**QWEN3_147M, "moe_intermediate_size": 1536}
 ARRIVING = 20.0
 PARTS = ("lone", "loads", "arrivals", "wide")
 NAMES = ("AsyncEP, one-sided", "ep", "auto", "TP-2", "PP-2", "EP-2", "DP-attention + EP-2", "DP-2, experts twice")
-# Who is asked for what: the others would only take time.
+# Sides that serve `wide`: the others take time and are in no claim.
 WIDE_NAMES = ("AsyncEP, one-sided", "auto", "TP-2", "PP-2")
 ARRIVING_NAMES = tuple(name for name in NAMES if not name.startswith("DP"))
 QUICK_NAMES = ("AsyncEP, one-sided", "auto")
@@ -73,19 +74,26 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if min(options.factors) <= 0:
         parser.error("--factors must be above 0")
+    parts, names = options.parts or PARTS, options.sides or NAMES
+    if "arrivals" in parts and not ("loads" in parts and ASYNCEP.name in names):
+        parser.error(
+            f"--parts arrivals: their rate is a share of {ASYNCEP.name}'s throughput; ask for it and for loads"
+        )
     return options
 
 
-def lone(url: str, lengths: Sequence[int], repeats: int, vocabulary: int) -> tuple[dict[str, list[float]], list[Any]]:
+def lone(
+    url: str, lengths: Sequence[int], repeats: int, vocabulary: int, seed: int = SEED
+) -> tuple[dict[str, list[float]], list[Any]]:
     """Seconds of prompts that come one after the other, by length, and the log-probabilities of all.
 
-    Random tokens, the same for every side. One more of each length is not timed.
+    Random tokens, the same for every side with the same seed. One more of each length is not timed.
     """
     seconds: dict[str, list[float]] = {}
     answers: list[Any] = []
     with httpx.Client(timeout=600) as client:
         for tokens in lengths:
-            numbers = random.Random(SEED + tokens)
+            numbers = random.Random(f"{seed}/{tokens}")
             for turn in range(repeats + 1):
                 body = {
                     "input_ids": [numbers.randrange(3, vocabulary) for _ in range(tokens)],
@@ -139,7 +147,7 @@ class Bench:
                     self._arrivals(side, server, next(load for load in loads if load.name == MIX))
                 if side.group:
                     found = [httpx.get(f"{url}/asyncep/status", timeout=30).json() for url in server.members]
-                    self.raw["calls"][side.name] = [one["calls"] for one in found]
+                    self.raw["calls"].setdefault(side.name, []).append([one["calls"] for one in found])
         except Exception as error:
             traceback.print_exc()
             self.raw["failed"][side.name] = f"{type(error).__name__}: {error}"
@@ -149,8 +157,10 @@ class Bench:
         url = server.members[0] if server.members else server.url
         for factor, rate in self._rates.items():
             self._hosts.limit(rate)
-            # Whoever follows the link's speed sees it in batches that gather.
-            lone(url, (64,) if self._quick else (64, 6000), 1, vocabulary)
+            # AsyncEP and auto learn the link's speed from batches that gather: two prompts of 6,000 tokens.
+            flush(server)
+            lone(url, (64,) if self._quick else (64, 6000), 1, vocabulary, seed=-SEED)
+            flush(server)
             seconds, answers = lone(url, lengths, 2 if self._quick else 5, vocabulary)
             self.raw[part].setdefault(f"{factor:g}", {})[side.name] = seconds
             if part == "lone" and side.group:
@@ -177,8 +187,8 @@ class Bench:
     def _arrivals(self, side: Side, server: Running, mix: Load) -> None:
         ours = self.raw["loads"].get(mix.name, {}).get(ASYNCEP.name)
         if not ours:
-            return
-        whole = statistics.median(one["requests_per_s"] for one in ours)
+            raise RuntimeError("arrivals are shares of AsyncEP's throughput, which has none")
+        whole = self.raw["whole"] = statistics.median(one["requests_per_s"] for one in ours)
         for share in ARRIVALS:
             flush(server)
             rate = share * whole
@@ -217,16 +227,23 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     parts = options.parts or (PARTS[:2] if quick else PARTS)
     names = options.sides or (QUICK_NAMES if quick else NAMES)
     sides = {side.name: side for side in (*SIDES, *CALLS)}
-    raw: dict[str, Any] = {"links": rates, "isa": options.isa or "best", "core_peak_flops": peak}
+    raw: dict[str, Any] = {
+        "links": rates,
+        "isa": options.isa or "best",
+        "core_peak_flops": peak,
+        "sides": [asdict(sides[name]) for name in NAMES if name in names],
+        "about": {load.name: load.about() for load in loads},
+    }
     with two_hosts(next(iter(rates.values()))) as hosts:
         bench = Bench(hosts, rates, environment, quick)
-        for name in names:
-            bench.side(sides[name], [part for part in parts if part != "wide"], model, loads, config["vocab_size"])
+        base = [part for part in parts if part != "wide"]
+        for name in (name for name in NAMES if name in names and base):
+            bench.side(sides[name], base, model, loads, config["vocab_size"])
             raw |= bench.raw
             _save(raw, quick)
         if "wide" in parts:
-            wide = random_qwen3("qwen3-147m-wide", WIDE)
-            for name in (name for name in names if name in WIDE_NAMES):
+            wide = model if quick else random_qwen3("qwen3-147m-wide", WIDE)
+            for name in (name for name in WIDE_NAMES if name in names):
                 bench.side(sides[name], ["wide"], wide, (), config["vocab_size"])
                 raw |= bench.raw
     raw["seconds"] = time.monotonic() - _started
@@ -245,7 +262,7 @@ def main() -> int:
     if options.plot:
         raw = json.loads(options.plot.read_text())["raw"]
         show(console, raw, claims_of(raw))
-        console.print(f"{plot(raw, options.plot.with_suffix('.png'))}")
+        plot(raw, options.plot.with_suffix(".png"))
         return 0
     try:
         raw = measure(options)
@@ -254,7 +271,8 @@ def main() -> int:
         return 3
     path = _save(raw, options.quick)
     show(console, raw, claims_of(raw))
-    console.print(f"{path}, {plot(raw, path.with_suffix('.png'))} ({raw['seconds']:.0f} s)")
+    plot(raw, path.with_suffix(".png"))
+    console.print(f"{path} ({raw['seconds']:.0f} s)")
     return 0
 
 

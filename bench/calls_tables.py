@@ -31,6 +31,12 @@ def speed(raw: Mapping[str, Any], load: str, side: str) -> float | None:
     return statistics.median(one["tokens_per_s"] for one in rounds) if rounds else None
 
 
+def keeps_up(raw: Mapping[str, Any], side: str, rate: float) -> bool:
+    """Whether a side serves as many requests of the mix a second as arrive."""
+    rounds = raw["loads"].get(MIX, {}).get(side)
+    return bool(rounds) and statistics.median(one["requests_per_s"] for one in rounds) > rate
+
+
 def percentile(seconds: Sequence[float], share: float) -> float:
     """Of latencies: the value that a share of them does not exceed."""
     return sorted(seconds)[min(len(seconds) - 1, int(share * len(seconds)))]
@@ -40,19 +46,21 @@ def _lone_claims(raw: Mapping[str, Any], part: str, times_faster: float, over_tp
     claims = []
     for factor, by_side in raw[part].items():
         faster, slower = [], []
+        compared: set[str] = set()
         for tokens in CLAIMED:
             mine = milliseconds(by_side, AUTO, tokens)
             weights = milliseconds(by_side, WEIGHTS, tokens)
-            others = [value for name in (TP, PP) if (value := milliseconds(by_side, name, tokens)) is not None]
+            others = [milliseconds(by_side, name, tokens) for name in (TP, PP)]
             if mine and weights:
                 faster.append(weights / mine)
-            if mine and others:
-                slower.append(mine / min(others))
+            if mine and (known := [value for value in others if value is not None]):
+                compared |= {name for name, value in zip((TP, PP), others, strict=True) if value is not None}
+                slower.append(mine / min(known))
         where = f"{part}, link x{factor}, 256 to 1,024 tokens"
         if faster:
             claims.append(Claim(f"{where}: AsyncEP's time over auto's, least", min(faster), times_faster, "x"))
         if slower:
-            name = f"{where}: auto's time over the better of TP and PP, most"
+            name = f"{where}: auto's time over the better of {', '.join(sorted(compared))}, most"
             claims.append(Claim(name, max(slower), over_tp_pp, "x", False))
         for other in (EP, DP_EP) if part == "lone" else ():
             pairs = [
@@ -78,21 +86,24 @@ def claims_of(raw: Mapping[str, Any]) -> list[Claim]:
             if weights := speed(raw, load, WEIGHTS):
                 claims.append(Claim("tokens/s of auto over AsyncEP's, mix", mine / weights, 0.99, "x"))
             continue
-        others = [value for name in (TP, EP, DP_EP) if (value := speed(raw, load, name)) is not None]
+        others = {name: value for name in (TP, EP, DP_EP) if (value := speed(raw, load, name)) is not None}
         if others:
-            name = f"tokens/s of auto over the best of TP, EP, DP-attention + EP, {load}"
-            claims.append(Claim(name, mine / max(others), 1.0, "x"))
+            name = f"tokens/s of auto over the best of {', '.join(others)}, {load}"
+            claims.append(Claim(name, mine / max(others.values()), 1.0, "x"))
         if pipeline := speed(raw, load, PP):
             claims.append(Claim(f"tokens/s of auto over PP's, {load}", mine / pipeline, 0.9, "x"))
     for share in ARRIVALS:
         ours = raw["arrivals"].get(AUTO, {}).get(f"{share:g}")
         for other, most in ((EP, 1.0), (TP, 1.0), (PP, 2.0)):
             theirs = raw["arrivals"].get(other, {}).get(f"{share:g}")
+            if theirs and not keeps_up(raw, other, theirs["rate"]):
+                continue  # its latency is as long as the arrivals last
             for name, part in (("p50", 0.5), ("p99", 0.99)) if ours and theirs else ():
                 value = percentile(ours["seconds"], part) / percentile(theirs["seconds"], part)
                 claims.append(Claim(f"{name} of auto over {other}'s at {share:.0%}", value, most, "x", False))
-    if raw.get("bits"):
-        claims.append(Claim("answers that differ in a bit", raw["bits"]["different"], 0, "answers", False))
+    if raw.get("bits", {}).get("answers"):
+        name = f"answers that differ in a bit, of {raw['bits']['answers']}"
+        claims.append(Claim(name, raw["bits"]["different"], 0, "answers", False))
     return claims
 
 
@@ -115,12 +126,17 @@ def show(console: Console, raw: Mapping[str, Any], claims: Sequence[Claim]) -> N
         console.print(table)
     if raw["arrivals"]:
         columns = [f"{name} at {share:.0%}" for share in ARRIVALS for name in ("p50", "p99")]
-        table = Table("s", *columns, title="Poisson arrivals of the mix, shares of AsyncEP's throughput")
+        table = Table(
+            "s",
+            *columns,
+            title="Poisson arrivals of the mix, shares of AsyncEP's throughput (* more arrive than the side serves)",
+        )
         for name, by_share in raw["arrivals"].items():
             cells = []
             for share in ARRIVALS:
                 seconds = by_share.get(f"{share:g}", {}).get("seconds")
-                cells += [f"{percentile(seconds, part):.2f}" if seconds else "-" for part in (0.5, 0.99)]
+                mark = "" if not seconds or keeps_up(raw, name, by_share[f"{share:g}"]["rate"]) else " *"
+                cells += [f"{percentile(seconds, part):.2f}{mark}" if seconds else "-" for part in (0.5, 0.99)]
             table.add_row(name, *cells)
         console.print(table)
     for name, reason in raw["failed"].items():
@@ -132,31 +148,37 @@ def show(console: Console, raw: Mapping[str, Any], claims: Sequence[Claim]) -> N
     console.print(table)
 
 
-def plot(raw: Mapping[str, Any], path: Path) -> Path:
-    """Prompts alone by length, and latency by load; returns ``path``."""
+def plot(raw: Mapping[str, Any], path: Path) -> None:
+    """Prompts alone by length, and latency by load, into ``path``; nothing where there is neither."""
+    panels = [(part, factor) for part in ("lone", "wide") for factor in raw[part]]
+    panels += [("arrivals", share) for share in (0.5, 0.99) if raw["arrivals"]]
+    if not panels:
+        return
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    panels = [*(("lone", factor) for factor in raw["lone"]), *(("arrivals", part) for part in (0.5, 0.99))]
+    names = [name for part in ("lone", "wide") for by_side in raw[part].values() for name in by_side]
+    colours = {name: f"C{number}" for number, name in enumerate(dict.fromkeys([*names, *raw["arrivals"]]))}
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.8), squeeze=False)
     for axis, (kind, which) in zip(axes[0], panels, strict=True):
-        if kind == "lone":
-            for name, each in raw["lone"][which].items():
+        if kind != "arrivals":
+            for name, each in raw[kind][which].items():
                 lengths = sorted(map(int, each))
-                axis.plot(lengths, [statistics.median(each[str(n)]) * 1e3 for n in lengths], marker="o", label=name)
-            axis.set(xscale="log", xlabel="tokens of a prompt alone", ylabel="ms", title=f"link x{which}")
+                values = [statistics.median(each[str(tokens)]) * 1e3 for tokens in lengths]
+                axis.plot(lengths, values, marker="o", label=name, color=colours[name])
+            wide = ", wide experts" if kind == "wide" else ""
+            axis.set(xscale="log", xlabel="tokens of a prompt alone", ylabel="ms", title=f"link x{which}{wide}")
         else:
             for name, by_share in raw["arrivals"].items():
                 shares = sorted(by_share, key=float)
                 values = [percentile(by_share[share]["seconds"], which) for share in shares]
-                axis.plot([float(share) for share in shares], values, marker="o", label=name)
+                axis.plot([float(share) for share in shares], values, marker="o", label=name, color=colours[name])
             axis.set(xlabel="load, share of AsyncEP's throughput", ylabel="s", title=f"p{which * 100:g} of the mix")
         axis.set_yscale("log")
         axis.grid(alpha=0.3)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=min(8, max(1, len(labels))), fontsize=8)
+    lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
+    figure.legend(list(lines.values()), list(lines), loc="lower center", ncol=min(8, len(lines)), fontsize=8)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(path, dpi=110)
-    return path

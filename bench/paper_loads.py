@@ -117,6 +117,7 @@ async def _at(url: str, bodies: Sequence[bytes], rate: float, seed: int) -> list
             await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
             async with http.post("/generate", data=body, headers={"content-type": "application/json"}) as answer:
                 await answer.read()
+                answer.raise_for_status()
             # From when it was due: a client that is late must not make a server look early.
             return time.perf_counter() - began - at
 

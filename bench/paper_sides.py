@@ -72,7 +72,7 @@ ASYNCEP = Side(
 # For bench/calls.py: rows travel, and whichever is faster. Nobody waits for company.
 _HALVES = ("--asyncep-resident-layers", "0")
 CALLS = (
-    replace(ASYNCEP, name="ep", strategy="calls", flags=(*_HALVES, "--asyncep-strategy", "ep"), router=()),
+    replace(ASYNCEP, name="ep", strategy="ep", flags=(*_HALVES, "--asyncep-strategy", "ep"), router=()),
     replace(ASYNCEP, name="auto", strategy="auto", flags=(*_HALVES, "--asyncep-strategy", "auto"), router=()),
 )
 SIDES = (

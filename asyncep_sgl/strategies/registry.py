@@ -46,7 +46,7 @@ def find(name: str) -> type[Strategy]:
 
 def default(group: GroupConfig) -> str:
     """The strategy of a run whose command line names none."""
-    if group.nodes > 1:
+    if group.nodes > 1 and group.gathers:
         return "auto"
     return "asyncep" if group.divides else "replicated"
 

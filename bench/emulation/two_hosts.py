@@ -137,12 +137,13 @@ def two_hosts(rate: str) -> Iterator[Hosts]:
     pid = os.getpid()
     hosts = Hosts(f"{pid % 100000}", 64 + pid % 190)
     try:
-        hosts.make()
-        hosts.limit(rate)
+        try:
+            hosts.make()
+            hosts.limit(rate)
+        except subprocess.CalledProcessError as error:
+            words = error.stderr.decode().strip()
+            raise NoNamespacesError(f"`{' '.join(error.cmd)}` failed: {words}; network namespaces need root") from error
         yield hosts
-    except subprocess.CalledProcessError as error:
-        words = error.stderr.decode().strip()
-        raise NoNamespacesError(f"`{' '.join(error.cmd)}` failed: {words}; network namespaces need root") from error
     finally:
         hosts.remove()
 

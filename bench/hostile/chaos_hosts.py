@@ -1,4 +1,4 @@
-"""Two emulated hosts that keep half of the experts each: the link cut, exporter, worker or rank killed or stopped."""
+"""Two emulated hosts that keep half of the experts each: the link cut, side processes and ranks killed or stopped."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ async def _cases(model: Path, clients: int, seconds: float, seed: int, strategy:
             ("kill -9", lambda pid: signalled(pid, signal.SIGKILL)),
             (f"for {seconds:g} s SIGSTOP", lambda pid: stopped(pid, seconds)),
         )
-        for side in ("exporter", "worker"):
+        for side in ("exporter",) if strategy == "asyncep" else ("exporter", "worker"):
             for how, fault in faults:
                 process = _side_process(other, side)
-                if process is None:  # the strategy has none
-                    continue
+                if process is None:
+                    raise RuntimeError(f"{name}: the other host has no {side}")
                 yield await disturbed(
                     f"{name}: {how} the other host's {side}",
                     one.url,

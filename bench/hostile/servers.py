@@ -235,6 +235,7 @@ def role(process: psutil.Process, launcher: int) -> str:
         ("data_parallel_controller", "controller"),
         ("detokenizer", "detokenizer"),
         ("exporter", "exporter"),
+        ("experts.calls.worker", "worker"),
         ("resource_tracker", "resource tracker"),
     ):
         if part in words:

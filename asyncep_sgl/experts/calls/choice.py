@@ -21,10 +21,11 @@ class LayerPlace(NamedTuple):
 
 
 class Under(NamedTuple):
-    """A part of a fetch: its experts, and whether they are there."""
+    """A part of a fetch: its experts, whether they are there, and else whether they are on their way."""
 
     experts: Sequence[int]
     there: bool
+    coming: bool = True
 
 
 class Decision(NamedTuple):
@@ -120,7 +121,7 @@ class AtRandom:
 
     def decide(self, routed: Routed, parts: Sequence[Under]) -> Decision:
         """See `Choice`."""
-        wait = [self.numbers.random() < 0.5 for _ in parts]
+        wait = [(part.there or part.coming) and self.numbers.random() < 0.5 for part in parts]
         found = _decision(self.layers[routed.layer], routed, parts, wait)
         fetch = frozenset(expert for expert in sorted(found.send) if self.numbers.random() < 0.3)
         return Decision(found.wait, found.send - fetch, fetch)
@@ -142,6 +143,7 @@ class ByCost:
     Args:
         layers: in the order they compute.
         busy: answers how busy other hosts are with work of their own, 0 to 1.
+        able: answers which hosts may be asked.
 
     Attributes:
         prices: None until they have been measured; everything is fetched until then.
@@ -149,6 +151,7 @@ class ByCost:
 
     layers: Mapping[int, LayerPlace]
     busy: Callable[[], float]
+    able: Callable[[], frozenset[int]]
     prices: Prices | None = None
     _popular: dict[int, Popularity] = field(default_factory=dict)
     _tokens: int = 0
@@ -162,7 +165,7 @@ class ByCost:
         """See `Choice`. The next batch's first layers are taken to be of one like this."""
         place, popular = self.layers[layer], self._popular[layer]
         hottest = popular.hottest(sorted(place.missing))
-        if self.prices is None:
+        if self.prices is None or not self.able():
             return hottest
         rows, own = (
             [self._rows * popular.share(expert) for expert in experts] for experts in (hottest, sorted(place.own))
@@ -194,29 +197,32 @@ class ByCost:
             self._before = routed.before
         if self.prices is None:
             return _decision(place, routed, parts, [True] * len(parts))
-        # They come in turn: what comes behind one that is not there is not there either.
-        there = 0
-        while there < len(parts) and parts[there].there:
-            there += 1
-        later = parts[there:]
-        times = due([len(part.experts) for part in later], self.prices.fetch)
+        able = self.able()
+        asked = frozenset(e for e in place.missing if any(e in place.holders[node] for node in able))
+        # What nobody can be asked for is waited for.
+        kept = [part.there or (part.coming and not asked.issuperset(part.experts)) for part in parts]
+        later = [number for number, part in enumerate(parts) if part.coming and not kept[number]]
+        times = due([len(parts[number].experts) for number in later], self.prices.fetch)
         coming = [
-            Coming(seconds, *_with_rows(routed, part.experts)) for seconds, part in zip(times, later, strict=True)
+            Coming(seconds, *_with_rows(routed, parts[number].experts))
+            for seconds, number in zip(times, later, strict=True)
         ]
-        under_way = {expert for part in parts for expert in part.experts}
-        here = [*place.own, *(expert for part in parts[:there] for expert in part.experts)]
-        away_experts, away_rows = _with_rows(routed, sorted(place.missing - under_way))
+        under_way = {expert for number in later for expert in parts[number].experts}
+        here = {*place.own, *(e for part, keep in zip(parts, kept, strict=True) if keep for e in part.experts)}
+        away_experts, away_rows = _with_rows(routed, sorted(place.missing - under_way - here))
         awaited = how_many_to_await(
             coming,
-            here=self.prices.work(*_with_rows(routed, here)),
+            here=self.prices.work(*_with_rows(routed, sorted(here))),
             away_experts=away_experts,
             away_rows=away_rows,
             tokens=routed.tokens,
             prices=self.prices,
             busy=self.busy(),
         )
-        wait = [number < there + awaited for number in range(len(parts))]
-        return _decision(place, routed, parts, wait)
+        for number in later[:awaited]:
+            kept[number] = True
+        found = _decision(place, routed, parts, kept)
+        return Decision(found.wait, found.send & asked, found.send - asked)
 
     def pieces(self, routed: Routed, experts: Sequence[int]) -> int:
         """See `Choice`."""

@@ -22,7 +22,7 @@ class LateExperts:
     def __init__(self, layers: Sequence[GatheredLayer], source: PartialSource) -> None:
         self._layers = {entry.layer: entry for entry in layers}
         self._source = source
-        # Not touched before it is needed: as a rule it never is, and takes no memory.
+        # Not touched before it is needed: without `start`, as a rule it never is, and takes no memory.
         self._slot = torch.empty(1, max(entry.slot.nbytes for entry in layers), dtype=torch.uint8)
         self._holds: tuple[int, frozenset[int]] = (-1, frozenset())
         source.open(self._layers, self._slot)

@@ -39,20 +39,25 @@ def share_of_copying(table: ExpertTable, own: Collection[int], start: Callable[[
     Args:
         table, own: as for `seconds_of_work`.
         start: begins to fetch something large.
+
+    Returns:
+        0 and up; 0 too where a fetch is over before anything is computed, or is disturbed again and again.
     """
     chosen = torch.tensor(sorted(own), dtype=torch.int32).repeat(_FEW)
     hidden = torch.randn(len(chosen), table.w2[0].shape[0]).to(table.w2[0].dtype)
     alone = _seconds(hidden, chosen, table)
     order = cpu.sort(chosen[:, None], len(table.w13))
     results = torch.empty(hidden.shape, dtype=cpu.results_dtype(hidden, table))
-    fetch = start()
-    began, times = time.perf_counter(), 0
-    while not fetch.over():
-        cpu.run(hidden, order, table, results)
-        times += 1
-    took = time.perf_counter() - began
-    fetch.wait()
-    return max(0.0, took - times * alone) / took if times else 1.0
+    for _ in range(_ROUNDS):
+        fetch = start()
+        began, times = time.perf_counter(), 0
+        while not fetch.over():
+            cpu.run(hidden, order, table, results)
+            times += 1
+        took = time.perf_counter() - began
+        if fetch.wait().exact and times:
+            return max(0.0, took - times * alone) / took
+    return 0.0
 
 
 def _seconds(hidden: torch.Tensor, experts: torch.Tensor, table: ExpertTable) -> float:

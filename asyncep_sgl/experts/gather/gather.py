@@ -68,7 +68,10 @@ class Part(Protocol):
     def experts(self) -> Sequence[int]: ...
 
     def there(self) -> bool:
-        """Whether `wait` would return at once."""
+        """Whether they are there, complete and checked."""
+
+    def coming(self) -> bool:
+        """Whether they are on their way, as far as is known. Neither there nor coming: something went wrong."""
 
     def wait(self) -> Gathered:
         """Returns once they are there, complete and checked. Raises as `pipeline.Fetch` does."""

@@ -98,6 +98,6 @@ class GatherBook:
         )
 
     def threshold(self) -> float:
-        """T, in FLOPs a layer: as measured, or after the paper until a batch has been measured."""
-        measured = self.window.saturation(self.seconds * self.margin)
+        """T, in FLOPs a layer: as measured, or after the paper until batches near it have been measured."""
+        measured = self.window.saturation(self.seconds * self.margin) if self.window.known else None
         return peak_threshold(self.seconds, self.peak, self.margin) if measured is None else measured

@@ -162,7 +162,8 @@ class GatherPipeline:
         """Begins ``layer`` without waiting for its experts.
 
         Args:
-            patient: wait where an abandoned fetch still writes into the slot; nothing comes into it otherwise.
+            patient: wait where an abandoned fetch still writes into the slot, and fetch the layer now if it was not
+                fetched ahead; nothing comes into the slot otherwise.
 
         Returns:
             Its slot until `release`, and what has come or is coming into it.
@@ -171,10 +172,10 @@ class GatherPipeline:
             ValueError: it is not this layer's turn.
         """
         slot = self._turn(layer)
-        if slot.stale is not None and (patient or slot.stale.over()):
+        if patient:
             self._empty(slot)
-        if slot.stale is None and slot.step != self._step:
-            self._fetch(slot, self._step)
+            if slot.step != self._step:
+                self._fetch(slot, self._step)
         slot.in_use = True
         self._waited = _Waited(layer, self.clock())
         return self._step % self.depth, slot.fetch

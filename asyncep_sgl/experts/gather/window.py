@@ -51,10 +51,15 @@ class WindowModel:
                 return fixed, slope / 1e9
         return 0.0, self._xy / self._xx / 1e9
 
+    @property
+    def known(self) -> bool:
+        """Whether batches have come near enough to the window of interest for the fit to be believed."""
+        return self._weight >= _KNOWN
+
     def saturation(self, seconds: float) -> float | None:
-        """FLOPs of a layer whose window lasts ``seconds``; None while no batch has come near that."""
+        """FLOPs of a layer whose window lasts ``seconds``; None before any batch."""
         fixed, per_flop = self.line()
-        if per_flop <= 0 or self._weight < _KNOWN:
+        if per_flop <= 0:
             return None
         return max(0.0, seconds - fixed) / per_flop
 

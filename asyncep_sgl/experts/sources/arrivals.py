@@ -64,6 +64,10 @@ class Round:
         self.wake.set()
         return self.ended.result(seconds)
 
+    def over(self) -> bool:
+        """Whether `stop` would return at once."""
+        return self.ended.done() and all(read.over() for read in self.reads.values())
+
     def stop(self) -> None:
         """Returns once neither the reads nor the thread touch the slot any more."""
         self.stopped = True

@@ -15,11 +15,15 @@ class ChosenExperts:
     Args:
         source: where from.
         choose: which of a layer's missing experts are fetched now, in the order in which they are to come.
+
+    Attributes:
+        choosing: False fetches everything, so that a whole gather can be measured.
     """
 
     def __init__(self, source: PartialSource, choose: Callable[[int], Sequence[int]]) -> None:
         self._source = source
         self._choose = choose
+        self.choosing = False
 
     @property
     def counters(self) -> Counters:
@@ -32,4 +36,4 @@ class ChosenExperts:
 
     def start(self, layer: int, slot: int) -> InParts:
         """See `LayerSource`."""
-        return self._source.start(layer, slot, self._choose(layer))
+        return self._source.start(layer, slot, self._choose(layer) if self.choosing else None)

@@ -12,7 +12,7 @@ from typing import Protocol
 from asyncep_sgl.errors import GatherError
 from asyncep_sgl.experts.gather.gather import Counters
 from asyncep_sgl.experts.gather.pipeline import Gathered
-from asyncep_sgl.experts.sources.arrivals import Arrivals, Round, Wrong
+from asyncep_sgl.experts.sources.arrivals import Arrivals, Arrived, Round, Wrong
 from asyncep_sgl.experts.sources.remote import Copy, PeerLostError, Read
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,8 @@ class Wave:
     slot: int
     experts: Sequence[int]
     _round: Round | None = None
+    _undisturbed: bool = True
+    _wrong_times: int = 0
 
     def __post_init__(self) -> None:
         self._ask()
@@ -74,57 +76,73 @@ class Wave:
         Raises:
             GatherError: what comes is, again and again, not what its owner says it wrote.
         """
-        wrong_times = 0
-        undisturbed = True
         while True:
             if self._round is None:
-                undisturbed = False
+                self._undisturbed = False
                 self.source.wait_for_peers()
                 self._ask()
                 continue
             try:
                 arrived = self._round.wait(_SUSPICIOUS_SECONDS)
             except TimeoutError:
-                undisturbed = False
+                self._undisturbed = False
                 if gone := self.source.gone_or_new(set(self._round.reads)):
                     for node in gone:
                         self.source.lose(node)
                     self._ask_again()
                 continue
             if not arrived.broken and not arrived.wrong:
-                return Gathered(arrived.seconds, exact=undisturbed)
-            undisturbed = False
-            for node, connection in arrived.broken.items():
-                self.source.lose(node, connection)
-            if wrong := arrived.wrong:
-                wrong_times += 1
-                self.source.counters.digest_failures += len(wrong)
-                logger.error("layer %d came wrong (%s); it is gathered again", self.layer, wrong[0])
-                if wrong_times == _MOST_WRONG:
-                    raise GatherError(f"layer {self.layer} came wrong {wrong_times} times: {wrong[0]}")
+                return Gathered(arrived.seconds, exact=self._undisturbed)
+            self._disturbed(arrived)
+            if arrived.wrong:
+                if self._wrong_times == _MOST_WRONG:
+                    raise GatherError(f"layer {self.layer} came wrong {self._wrong_times} times: {arrived.wrong[0]}")
                 # Whoever writes there may need a moment; or its owner has started anew, which asking again finds out.
-                time.sleep(_WRONG_SECONDS * 2**wrong_times)
+                time.sleep(_WRONG_SECONDS * 2**self._wrong_times)
             self._ask_again()
 
     def there(self) -> bool:
-        """Whether `wait` would return at once, because all is there and checked."""
-        if self._round is None or not self._round.ended.done() or self._round.ended.exception() is not None:
-            return False
-        arrived = self._round.ended.result()
-        return not arrived.broken and not arrived.wrong
+        """Whether all is there and checked."""
+        arrived = self._ended()
+        return arrived is not None and not arrived.broken and not arrived.wrong
+
+    def coming(self) -> bool:
+        """Whether it is on its way, as far as is known."""
+        return self._round is not None and not self._round.ended.done()
 
     def over(self) -> bool:
         """See `pipeline.Fetch`."""
-        return self._round is None or self.there()
+        return self._round is None or self._round.over()
 
     def cancel(self) -> None:
         """See `pipeline.Fetch`."""
-        if self._round is not None:
-            self._round.stop()
+        if self._round is None:
+            return
+        self._round.stop()
+        # Nobody has waited for it: what went wrong is not known yet.
+        if (arrived := self._ended()) is not None and (arrived.broken or arrived.wrong):
+            self._disturbed(arrived)
+        self._round = None
+
+    def _ended(self) -> Arrived | None:
+        """How it ended; None if it has not, or was stopped."""
+        if self._round is None or not self._round.ended.done() or self._round.ended.exception() is not None:
+            return None
+        return self._round.ended.result()
+
+    def _disturbed(self, arrived: Arrived) -> None:
+        self._undisturbed = False
+        for node, connection in arrived.broken.items():
+            self.source.lose(node, connection)
+        if arrived.wrong:
+            self._wrong_times += 1
+            self.source.counters.digest_failures += len(arrived.wrong)
+            logger.error("layer %d came wrong (%s); it is gathered again", self.layer, arrived.wrong[0])
 
     def _ask_again(self) -> None:
         # Other hosts' reads may still write into the slot that is about to be asked for again.
-        self.cancel()
+        if self._round is not None:
+            self._round.stop()
         self.source.refresh()
         self._ask()
 

@@ -56,15 +56,17 @@ class Read:
                 self._handle.release()
             return self._done
 
+    def over(self) -> bool:
+        """Whether nothing writes any more: the read has ended, one way or the other."""
+        try:
+            return self.done()
+        except PeerLostError:
+            self._done = True
+            return True
+
     def abandon(self) -> None:
-        """Returns when nothing writes any more: the read has ended, one way or the other."""
-        while not self._done:
-            try:
-                if self.done():
-                    return
-            except PeerLostError:
-                self._done = True
-                return
+        """Returns when nothing writes any more."""
+        while not self.over():
             time.sleep(0.001)
 
 

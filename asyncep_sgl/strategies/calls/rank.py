@@ -19,6 +19,7 @@ from asyncep_sgl.experts.calls.owners import whom_to_ask
 from asyncep_sgl.experts.calls.plan import Prices
 from asyncep_sgl.experts.gather.gather import ExpertGather, InParts
 from asyncep_sgl.experts.gather.log import GatherBook
+from asyncep_sgl.experts.gather.pipeline import Gathered
 from asyncep_sgl.experts.group.view import ViewLine
 from asyncep_sgl.experts.sources.chosen import ChosenExperts
 from asyncep_sgl.experts.start import missing_layers, peer_source, start_gather
@@ -52,7 +53,7 @@ def send_all(layers: dict[int, LayerPlace], caller: Caller) -> Choice:
 
 def by_cost(layers: dict[int, LayerPlace], caller: Caller) -> Choice:
     """Of the strategy ``auto``."""
-    return ByCost(layers, caller.busy)
+    return ByCost(layers, caller.busy, caller.able)
 
 
 def at_random(seed: int) -> Chooser:
@@ -111,25 +112,33 @@ class CallingRank(RankStrategy):
         self._late = LateExperts(layers, peer_source(manager, group, "late"))
         if self._fetches:
             self._start_gather(layers, self._choice)
-        self._await_workers(self._caller)
-        if isinstance(self._choice, ByCost) and self._book is not None:
-            self._choice.prices = self._measured(layers, self._book)
-            logger.info("rank %d: %s", self.place.rank, self._choice.prices)
+        else:
+            self._await_workers(self._caller)
         self._report()
 
     def _start_gather(self, layers: Sequence[GatheredLayer], choice: Choice) -> None:
-        place = self.place
+        place, caller = self.place, self._caller
+        assert caller is not None
+        source = ChosenExperts(peer_source(place.experts, place.config.group), choice.prefetch)
         started = start_gather(
             place.experts,
             place.config.group,
             place.folder(),
             len(place.cost.shape.layers),
             place.config.group.log_gathers,
-            source=ChosenExperts(peer_source(place.experts, place.config.group), choice.prefetch),
+            source=source,
         )
         assert started is not None, layers
         self._gather, self._book = started
         self.batch_flops = self._target
+        # What was begun ahead would be measured with the rest.
+        self._gather.pipeline.close()
+        self._await_workers(caller)
+        if isinstance(choice, ByCost):
+            choice.prices = self._measured(layers, self._book)
+            logger.info("rank %d: %s", place.rank, choice.prices)
+        source.choosing = True
+        self._gather.begin()
 
     def _await_workers(self, caller: Caller) -> None:
         group, deadline = self.place.config.group, time.monotonic() + _WORKER_SECONDS
@@ -140,10 +149,16 @@ class CallingRank(RankStrategy):
             time.sleep(0.1)
             caller.refresh()
 
-    def _measured(self, layers: Sequence[GatheredLayer], book: GatherBook) -> Prices:
-        """What fetching, computing and calling cost, while nothing else goes on."""
+    def _measured(self, layers: Sequence[GatheredLayer], book: GatherBook) -> Prices | None:
+        """What fetching, computing and calling cost, while this rank does nothing else.
+
+        None on a host that has no experts of any of these layers, which more ranks than experts can make: it fetches.
+        """
         assert self._late is not None
-        first, late = layers[0], self._late
+        late = self._late
+        first = next((entry for entry in layers if self._layers[entry.layer].own), None)
+        if first is None:
+            return None
         table, own = self._own_table(first), self._layers[first.layer].own
         expert, row = seconds_of_work(table, own)
         copying = share_of_copying(table, own, lambda: late.start(first.layer))
@@ -222,7 +237,7 @@ class CallingRank(RankStrategy):
         assert self._choice is not None
         place, caller = self._layers[layer], self._caller
         parts = coming.parts if coming is not None else ()
-        under = [Under(part.experts, part.there()) for part in parts]
+        under = [Under(part.experts, part.there(), part.coming()) for part in parts]
         routed = Routed(layer, len(rows.hidden), rows.starts, before)
         decision = self._choice.decide(routed, under)
         sent, left = self._send(caller, place, rows, routed, decision.send)
@@ -235,20 +250,29 @@ class CallingRank(RankStrategy):
         for part, one in awaited:
             if not one.there and routed.rows_of(one.experts):
                 since = time.monotonic()
-                gathered = part.wait()
+                part.wait()
                 exposed += time.monotonic() - since
                 rows.compute(one.experts, table)
-                if gathered.exact and isinstance(self._choice, ByCost):
-                    self._choice.fetched(len(one.experts), gathered.seconds)
         for call in caller.collect(sent, rows.results):
             left |= frozenset(call.experts)
+            self._sent_rows -= call.count
         exposed += caller.counts.wait_seconds - waited
         if left:
             exposed += self._fetch_now(layer, rows, left)
         if self._gather is not None:
-            whole = sum(len(one.experts) for one in under) == len(place.missing)
-            times = coming.wait() if coming is not None and whole and coming.over() else None
-            self._gather.pipeline.waited(exposed, times)
+            times = [(len(part.experts), part.wait()) for part in parts if part.there()]
+            self._learn(times)
+            whole = sum(experts for experts, _ in times) == len(place.missing)
+            exact = all(one.exact for _, one in times)
+            gathered = Gathered(sum(one.seconds for _, one in times), exact) if whole else None
+            self._gather.pipeline.waited(exposed, gathered)
+
+    def _learn(self, times: Sequence[tuple[int, Gathered]]) -> None:
+        """How long experts took to come, that many at a time."""
+        if isinstance(self._choice, ByCost):
+            for experts, gathered in times:
+                if gathered.exact and gathered.seconds > 0:
+                    self._choice.fetched(experts, gathered.seconds)
 
     def _fetch_now(self, layer: int, rows: LayerRows, experts: Collection[int]) -> float:
         """What nobody else computes; seconds that it was waited for."""

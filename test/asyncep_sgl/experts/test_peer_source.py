@@ -159,6 +159,37 @@ def test_what_no_host_else_has_is_waited_for(group: Group) -> None:
     assert group.gather.counters.digest_failures == 0
 
 
+@pytest.mark.parametrize("group", [1], indirect=True)
+def test_what_broke_and_nobody_waited_for_is_noticed_and_leaves_the_slots_free(group: Group) -> None:
+    """As where rows are sent meanwhile: fetches are begun, and nobody looks at them until their slot is needed."""
+    group.batch()
+    gather, other = group.gather, group.hosts[1]
+
+    def batch() -> int:
+        """Layers of which something had come or was coming."""
+        gather.begin()
+        found = 0
+        for layer in range(LAYERS):
+            _, coming = gather.take(layer, patient=False)
+            found += coming is not None
+            gather.release(layer)
+        return found
+
+    batch()
+    other.kill_exporter()
+    deadline = time.monotonic() + 60
+    while gather.counters.peer_losses == 0:
+        assert time.monotonic() < deadline
+        batch()
+        time.sleep(0.01)
+    other.start_exporter()
+    while batch() < LAYERS:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    group.batch()
+    assert gather.counters.digest_failures == 0
+
+
 @pytest.mark.parametrize("group", [2], indirect=True)
 def test_with_two_copies_a_lost_host_is_not_waited_for(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer_source, "_LOOK_SECONDS", 0.2)

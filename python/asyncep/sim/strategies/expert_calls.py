@@ -11,13 +11,13 @@ from asyncep.sim.strategies.base import Outcome
 from asyncep.sim.work import Batch
 from asyncep_sgl.experts.calls.plan import Prices, seconds_by_fetched, used
 
-# Rows of an expert from which the price of one more is taken, and that of an expert.
+# Rows of one expert at which the price of one more row is taken, and rows an expert at which that of reading one is.
 _MANY, _FEW = 4096, 8
 
 
 @dataclass
 class Neighbours:
-    """The ranks of one group: until when each is known to compute."""
+    """The ranks of one group: until when each is known to compute, in simulated seconds."""
 
     until: dict[int, float] = field(default_factory=dict)
 
@@ -83,7 +83,7 @@ class ExpertCalls:
         if not mlp.experts or not batch.tokens:
             return attention
         total = batch.tokens * mlp.top_k
-        # Hot and cold experts alike on every device: of each ranks in a row one is here.
+        # Of every `ranks` experts, hottest first, one is here.
         rows_of = [total * share for share in self._skew.shares(mlp.experts)]
         rows = [each for number, each in enumerate(rows_of) if number % self._ranks]
         here = rows_of[:: self._ranks]
@@ -93,6 +93,7 @@ class ExpertCalls:
         row = (kernels.experts(index, 2 * _MANY, 1) - kernels.experts(index, _MANY, 1)) / _MANY
         once, twice = (kernels.experts(index, _FEW * count, count) for count in (mlp.experts, 2 * mlp.experts))
         expert = max(0.0, (twice - once) / mlp.experts - _FEW * row)
+        # What a layer costs once, however many experts it has.
         attention += max(0.0, 2 * once - twice)
         prices = Prices(fetch, expert, row, state, state, 2 * self._latency)
         own = prices.work(used(here), sum(here))

@@ -302,8 +302,8 @@ _ALL: tuple[Strategy, ...] = (
 )
 NAMES: tuple[str, ...] = tuple(strategy.name for strategy in _ALL)
 PROPOSED: tuple[str, ...] = tuple(name for name in NAMES if name not in (AsyncEPCollective.name, Auto.name))
-"""What a planner weighs. The collective variant is AsyncEP's own baseline, for none to be preferred to AsyncEP. Calls
-are served on hosts with CPUs alone, and are simulated for what devices would gain."""
+"""What a planner weighs. AsyncEP by collectives is left out because it is only a baseline of AsyncEP, and `auto`
+because the runtime serves it on CPUs only."""
 BASELINES: tuple[str, ...] = (Tensor.name, Pipelined.name, Expert.name, DataAttention.name)
 """Distributed baselines that need no more memory than AsyncEP."""
 # For one version.

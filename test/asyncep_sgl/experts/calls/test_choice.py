@@ -51,10 +51,12 @@ def routed(counts: Sequence[int], *, tokens: int | None = None, before: float | 
     return Routed(0, tokens if tokens is not None else sum(counts), starts, before)
 
 
-def by_cost(given_prices: Prices | None, busy: float = 0.0, *, first: bool = False) -> ByCost:
+def by_cost(
+    given_prices: Prices | None, busy: float = 0.0, *, first: bool = False, able: frozenset[int] = frozenset({1})
+) -> ByCost:
     """Layer 0's choices; a layer before it has the batch's probe, unless ``first``."""
     layers = {0: place()} if first else {-1: place(), 0: place()}
-    return ByCost(layers, lambda: busy, given_prices)
+    return ByCost(layers, lambda: busy, lambda: able, given_prices)
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
@@ -163,34 +165,39 @@ def test_parts_come_one_after_the_other() -> None:
 
 
 @st.composite
-def situations(draw: st.DrawFn) -> tuple[Routed, list[bool]]:
+def situations(draw: st.DrawFn) -> tuple[Routed, list[str]]:
     counts = draw(st.lists(st.integers(0, 500), min_size=EXPERTS, max_size=EXPERTS))
-    there = draw(st.lists(st.booleans(), min_size=4, max_size=4))
-    return routed(counts, before=draw(st.none() | st.floats(0, 0.1))), there
+    states = draw(st.lists(st.sampled_from(["there", "coming", "failed"]), min_size=4, max_size=4))
+    return routed(counts, before=draw(st.none() | st.floats(0, 0.1))), states
+
+
+def under(experts: Sequence[int], state: str) -> Under:
+    return Under(experts, state == "there", state == "coming")
 
 
 @given(
     st.lists(situations(), min_size=1, max_size=6),
-    st.sampled_from(["all", "cost", "unpriced", "random"]),
+    st.sampled_from(["all", "cost", "alone", "unpriced", "random"]),
     prices,
     st.floats(0, 1),
     st.integers(0, 99),
 )
 def test_every_row_is_computed_once_wherever(
-    batches: list[tuple[Routed, list[bool]]], kind: str, cost: Prices, busy: float, seed: int
+    batches: list[tuple[Routed, list[str]]], kind: str, cost: Prices, busy: float, seed: int
 ) -> None:
     choices: dict[str, Choice] = {
         "all": SendAll({0: place()}),
         "cost": by_cost(cost, busy),
+        "alone": by_cost(cost, busy, able=frozenset()),
         "unpriced": by_cost(None),
         "random": AtRandom({0: place()}, random.Random(seed)),
     }
     choice = choices[kind]
-    for at, there in batches:
+    for at, states in batches:
         wanted = list(choice.prefetch(0))
         assert len(set(wanted)) == len(wanted)
         assert set(wanted) <= place().missing
-        parts = [Under([expert], come) for expert, come in zip(wanted, there, strict=False)]
+        parts = [under([expert], state) for expert, state in zip(wanted, states, strict=False)]
         decision = choice.decide(at, parts)
         assert len(decision.wait) == len(parts)
         kept = {expert for part, wait in zip(parts, decision.wait, strict=True) if wait for expert in part.experts}
@@ -200,6 +207,21 @@ def test_every_row_is_computed_once_wherever(
         with_rows = {expert for expert in place().missing if at.rows(expert)}
         assert with_rows <= kept | decision.send | decision.fetch <= place().missing
         assert all(at.rows(expert) for expert in decision.send | decision.fetch)
+        if kind != "unpriced":
+            # What went wrong is not waited for: nobody knows when it comes.
+            assert not any(
+                wait for part, wait in zip(parts, decision.wait, strict=True) if part == under(part[0], "failed")
+            )
+        if kind == "alone":
+            assert not decision.send
+
+
+def test_where_nobody_may_be_asked_everything_is_fetched_ahead_and_waited_for() -> None:
+    choice = by_cost(SLOW, able=frozenset())
+    choice.decide(routed([16] * EXPERTS, tokens=32), [])
+    assert set(choice.prefetch(0)) == place().missing
+    decision = choice.decide(routed([16] * EXPERTS, tokens=32), [under([1, 3], "coming"), under([5], "failed")])
+    assert decision == ((True, False), frozenset(), {5, 7})
 
 
 def test_what_is_there_is_never_sent() -> None:
