@@ -132,6 +132,9 @@ class AtRandom:
         return self.numbers.randint(1, 4)
 
 
+# A host of which others use this share counts as wholly busy: where all send and wait for each other, none is busy with
+# its own work all the time, and yet nobody's core is free.
+_AS_BUSY = 0.25
 # A fetch moves its price by this share of the difference.
 _LEARN = 0.1
 
@@ -176,7 +179,7 @@ class ByCost:
             other=self._before,
             tokens=self._tokens,
             prices=self.prices,
-            busy=self.busy(),
+            busy=self._busy(),
         )
         if count == len(hottest) and layer == next(iter(self.layers)):
             # One call a batch, of few rows: how busy others are is known from answers alone.
@@ -194,7 +197,10 @@ class ByCost:
         self._popular[routed.layer].seen(routed.starts)
         self._tokens, self._rows = routed.tokens, routed.starts[-1]
         if routed.before is not None:
-            self._before = routed.before
+            # As it would have been without the fetches that went on meanwhile, about as many as of this layer.
+            fetched = sum(len(part.experts) for part in parts)
+            copying = self.prices.copying * self.prices.fetch * fetched if self.prices is not None else 0.0
+            self._before = max(routed.before / 2, routed.before - copying)
         if self.prices is None:
             return _decision(place, routed, parts, [True] * len(parts))
         able = self.able()
@@ -217,7 +223,7 @@ class ByCost:
             away_rows=away_rows,
             tokens=routed.tokens,
             prices=self.prices,
-            busy=self.busy(),
+            busy=self._busy(),
         )
         for number in later[:awaited]:
             kept[number] = True
@@ -228,7 +234,10 @@ class ByCost:
         """See `Choice`."""
         if self.prices is None:
             return 1
-        return self.prices.pieces(*_with_rows(routed, experts), routed.tokens, self.busy())
+        return self.prices.pieces(*_with_rows(routed, experts), routed.tokens, self._busy())
+
+    def _busy(self) -> float:
+        return min(1.0, self.busy() / _AS_BUSY)
 
 
 def _with_rows(routed: Routed, experts: Sequence[int]) -> tuple[int, int]:

@@ -17,8 +17,9 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-# Fetched weights are preferred to calls that would be this much faster: they wait for nobody.
-_AS_GOOD = 1.03
+# What takes so many times the best time is as good; likewise fetching everything, which waits for nobody, where the
+# formula knows nothing of waiting.
+_AS_GOOD, _ALL_AS_GOOD = 1.03, 1.1
 # Into which a layer's tokens for one host may be cut.
 _PIECES = range(1, 5)
 
@@ -97,7 +98,7 @@ def seconds_by_fetched(
     Args:
         rows: expected of each missing expert, in the order in which they would be fetched.
         own: seconds of the rows that this host computes anyway.
-        other: seconds of the layer's attention and whatever else precedes its experts.
+        other: seconds of the layer's attention and whatever else precedes its experts, while nothing is fetched.
         tokens: of the batch.
         prices: of work and of what travels.
         busy: of the hosts that would be asked.
@@ -110,10 +111,13 @@ def seconds_by_fetched(
         left, left_used = (left - moved, left_used - used([moved])) if count < len(rows) else (0.0, 0.0)
         serving = busy * prices.work(left_used, left)
         out, back = min(left, tokens) * prices.out, left * prices.back
-        copying = prices.copying * (count * prices.fetch + out + back)
+        # A busy host sends as much as it is sent.
+        copying = prices.copying * (out + back) * (1 + busy)
         here = own + prices.work(fetched_used, fetched) + serving + copying
         link = count * prices.fetch + back + busy * out
-        found.append(max(other + max(here, prices.sent(left_used, left, tokens, busy)), link))
+        # Weights come while the rank attends, and slow that; rows travel while it computes experts or waits.
+        before = other + prices.copying * count * prices.fetch
+        found.append(max(before + max(here, prices.sent(left_used, left, tokens, busy)), link))
     return found
 
 
@@ -125,10 +129,16 @@ def used(rows: Iterable[float]) -> float:
 def how_many_to_fetch(
     rows: Sequence[float], *, own: float, other: float, tokens: float, prices: Prices, busy: float
 ) -> int:
-    """How many of a layer's missing experts, the hottest first, are fetched; see `seconds_by_fetched`."""
+    """How many of a layer's missing experts, the hottest first, are fetched; see `seconds_by_fetched`.
+
+    All where that is about as good as anything, since a rank that has all waits for nobody. Else as few as are as good: which
+    experts a batch will choose is a guess.
+    """
     found = seconds_by_fetched(rows, own=own, other=other, tokens=tokens, prices=prices, busy=busy)
     best = min(found)
-    return max(count for count, seconds in enumerate(found) if seconds <= best * _AS_GOOD)
+    if found[-1] <= best * _ALL_AS_GOOD:
+        return len(rows)
+    return next(count for count, seconds in enumerate(found) if seconds <= best * _AS_GOOD)
 
 
 def how_many_to_await(

@@ -261,18 +261,13 @@ class CallingRank(RankStrategy):
             exposed += self._fetch_now(layer, rows, left)
         if self._gather is not None:
             times = [(len(part.experts), part.wait()) for part in parts if part.there()]
-            self._learn(times)
-            whole = sum(experts for experts, _ in times) == len(place.missing)
+            experts, seconds = sum(experts for experts, _ in times), sum(one.seconds for _, one in times)
             exact = all(one.exact for _, one in times)
-            gathered = Gathered(sum(one.seconds for _, one in times), exact) if whole else None
-            self._gather.pipeline.waited(exposed, gathered)
-
-    def _learn(self, times: Sequence[tuple[int, Gathered]]) -> None:
-        """How long experts took to come, that many at a time."""
-        if isinstance(self._choice, ByCost):
-            for experts, gathered in times:
-                if gathered.exact and gathered.seconds > 0:
-                    self._choice.fetched(experts, gathered.seconds)
+            if experts and exact and seconds > 0 and isinstance(self._choice, ByCost):
+                # Of parts that end together the first seems to have taken all of the time: their sum is right.
+                self._choice.fetched(experts, seconds)
+            whole = experts == len(place.missing)
+            self._gather.pipeline.waited(exposed, Gathered(seconds, exact) if whole else None)
 
     def _fetch_now(self, layer: int, rows: LayerRows, experts: Collection[int]) -> float:
         """What nobody else computes; seconds that it was waited for."""

@@ -63,15 +63,16 @@ def by_cost(
 
 
 @given(rows, seconds, seconds, st.integers(1, 20_000), prices, st.floats(0, 1))
-def test_what_is_fetched_is_nearly_the_fastest_and_as_much_as_is_that_fast(
+def test_what_is_fetched_is_nearly_the_fastest_and_is_everything_or_as_little_as_is_that_fast(
     expected: list[float], own: float, other: float, tokens: int, cost: Prices, busy: float
 ) -> None:
     given_alike = {"own": own, "other": other, "tokens": tokens, "prices": cost, "busy": busy}
     found = seconds_by_fetched(expected, **given_alike)
     assert len(found) == len(expected) + 1
     count = how_many_to_fetch(expected, **given_alike)
-    assert found[count] <= min(found) * 1.03
-    assert all(later > min(found) * 1.03 for later in found[count + 1 :])
+    assert found[count] <= min(found) * (1.1 if count == len(expected) else 1.03)
+    assert count == len(expected) or found[-1] > min(found) * 1.1
+    assert count == len(expected) or all(fewer > min(found) * 1.03 for fewer in found[:count])
 
 
 @given(rows, seconds, seconds, st.integers(1, 20_000), prices, st.floats(0, 1), st.floats(1, 50))
