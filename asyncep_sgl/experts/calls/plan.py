@@ -131,8 +131,8 @@ def how_many_to_fetch(
 ) -> int:
     """How many of a layer's missing experts, the hottest first, are fetched; see `seconds_by_fetched`.
 
-    All where that is about as good as anything, since a rank that has all waits for nobody. Else as few as are as good: which
-    experts a batch will choose is a guess.
+    All where that is about as good as anything, since a rank that has all waits for nobody. Else as few as are as good:
+    which experts a batch will choose is a guess.
     """
     found = seconds_by_fetched(rows, own=own, other=other, tokens=tokens, prices=prices, busy=busy)
     best = min(found)
