@@ -27,7 +27,7 @@ import httpx
 from calls_tables import ARRIVALS, claims_of, plot, show
 from emulation.two_hosts import Hosts, NoNamespacesError, two_hosts
 from models import QWEN3_147M, QWEN3_TINY, random_qwen3
-from paper import environment_of
+from paper import environment_of, say
 from paper_loads import FULL, MIX, QUICK, make_loads, serve, serve_at, warm
 from paper_run import BYTES_PER_FLOP, core_peak, flush
 from paper_sides import ASYNCEP, CALLS, SIDES, Running, Side, running
@@ -55,11 +55,6 @@ ARRIVING_NAMES = tuple(name for name in NAMES if not name.startswith("DP"))
 QUICK_NAMES = ("AsyncEP, one-sided", "auto")
 
 _started = time.monotonic()
-
-
-def say(text: str) -> None:
-    """A line with the seconds since the start."""
-    print(f"[{time.monotonic() - _started:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from asyncep_kernels.moe.table import ExpertTable
 from asyncep_kernels.workspace import Workspace
 from asyncep_sgl.experts.calls.caller import Caller, Sent
 from asyncep_sgl.experts.calls.choice import AtRandom, ByCost, Choice, LayerPlace, Routed, SendAll, Under
@@ -28,7 +29,6 @@ from asyncep_sgl.strategies.base import ExpertLayer, RankPlace, RankStrategy, To
 from asyncep_sgl.strategies.layer_rows import LayerRows
 
 if TYPE_CHECKING:
-    from asyncep_kernels.moe.table import ExpertTable
     from asyncep_sgl.experts.gather.gather import GatheredLayer
 
 logger = logging.getLogger("asyncep")
@@ -159,7 +159,8 @@ class CallingRank(RankStrategy):
         first = next((entry for entry in layers if self._layers[entry.layer].own), None)
         if first is None:
             return None
-        table, own = self._own_table(first), self._layers[first.layer].own
+        table = ExpertTable(first.parameters["w13_weight"], first.parameters["w2_weight"])
+        own = self._layers[first.layer].own
         expert, row = seconds_of_work(table, own)
         copying = share_of_copying(table, own, lambda: late.start(first.layer))
         fetch = book.seconds / len(first.slot.experts)
@@ -169,12 +170,6 @@ class CallingRank(RankStrategy):
         calls = [seconds for _ in range(_TRIES) if (seconds := self._call_seconds(first.layer, weights)) is not None]
         call = min(calls, default=_CALL_SECONDS)
         return Prices(fetch, expert, row, state, state, max(0.0, call - expert - row), copying)
-
-    @staticmethod
-    def _own_table(entry: GatheredLayer) -> ExpertTable:
-        from asyncep_kernels.moe.table import ExpertTable
-
-        return ExpertTable(entry.parameters["w13_weight"], entry.parameters["w2_weight"])
 
     def _call_seconds(self, layer: int, weights: torch.Tensor) -> float | None:
         """Of one call of one row; None if nobody answers."""

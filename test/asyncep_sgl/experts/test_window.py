@@ -92,3 +92,15 @@ def test_batches_near_what_hides_a_gather_decide_where_the_curve_bends() -> None
         kept.batch(traces, flops * LAYERS, window * LAYERS, flops * LAYERS)
     # Unweighted it would be 11 % too high.
     assert kept.report(0, 0).saturation_flops == pytest.approx(bend, rel=0.05)
+
+
+def test_batches_far_from_t_do_not_move_it() -> None:
+    """A short prompt reads weights and computes little: a line through such batches says nothing of T."""
+    kept = book(seconds=0.2)
+    for _ in range(500):
+        trace = [LayerTrace(layer, 0.0, FIXED, None) for layer in range(1, LAYERS)]
+        kept.batch(trace, 1e6 * LAYERS, FIXED * LAYERS, 1e9)
+    assert not kept.window.known
+    assert kept.threshold() == pytest.approx(0.2 * 4e11 * 1.2)
+    kept.batch([LayerTrace(1, 0.0, 0.15, None)], 3e10 * LAYERS, 1.2, 1e9)
+    assert kept.window.known

@@ -243,6 +243,16 @@ def test_the_hottest_are_fetched_first_and_at_saturation_one_call_a_batch_is_lef
         assert list(choice.prefetch(0)) == [3, 7, 5] + ([] if first else [1])
 
 
+def test_a_host_that_is_busy_a_quarter_of_the_time_counts_as_busy() -> None:
+    """Where ranks wait for each other's rows, none computes all the time."""
+    found = []
+    for busy in (0.0, 0.25, 1.0):
+        choice = by_cost(FAST, busy)
+        choice.decide(routed([1000] * EXPERTS, tokens=2000, before=0.001), [])
+        found.append(len(choice.prefetch(0)))
+    assert found[0] < found[1] == found[2] == 4
+
+
 def test_a_small_batch_after_large_ones_fetches_nothing() -> None:
     choice = by_cost(SLOW)
     choice.decide(routed([5000] * EXPERTS, tokens=20_000, before=0.3), [])
