@@ -73,7 +73,7 @@ ASYNCEP = Side(
 _HALVES = ("--asyncep-resident-layers", "0")
 CALLS = (
     replace(ASYNCEP, name="ep", strategy="ep", flags=(*_HALVES, "--asyncep-strategy", "ep"), router=()),
-    replace(ASYNCEP, name="auto", strategy="auto", flags=(*_HALVES, "--asyncep-strategy", "auto"), router=()),
+    replace(ASYNCEP, name="auto", strategy="auto", flags=(*ASYNCEP.flags, "--asyncep-strategy", "auto"), router=()),
 )
 SIDES = (
     ASYNCEP,

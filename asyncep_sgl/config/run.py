@@ -77,6 +77,7 @@ class AsyncEPConfig(msgspec.Struct, frozen=True, kw_only=True):
         cpus: for each rank, the CPU numbers it may run on; empty where the device is not a CPU.
         load_board: file behind which SGLang's ranks publish their load; memory of the launcher's, so that it ends with
             it (upstream leaves one file a start in ``/dev/shm``).
+        help_board: file behind which ranks of one host offer each other work; memory of the launcher's too.
         settings: how the server computes and ends.
         router: the router inside the engine; None leaves dispatch to SGLang's own controller.
         group: where the experts lie.
@@ -95,6 +96,7 @@ class AsyncEPConfig(msgspec.Struct, frozen=True, kw_only=True):
     run_directory: str = ""
     cpus: tuple[tuple[int, ...], ...] = ()
     load_board: str
+    help_board: str = ""
     settings: RunSettings = RunSettings()
     router: RouterConfig | None = None
     group: GroupConfig = GroupConfig()

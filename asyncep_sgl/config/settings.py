@@ -79,6 +79,14 @@ class RunSettings:
         shown="auto with several hosts; asyncep with several GPUs, --asyncep-expert-memory or a GPU too small; else "
         "replicated",
     )
+    idle_ranks: Literal["help", "rest"] = setting(
+        "help",
+        "",
+        "ranks that compute no batch: help lets their CPUs compute a part of another rank's experts, so that a lone "
+        "prompt takes less time, with the same answers; rest leaves them idle",
+        choices=("help", "rest"),
+        only=("memory",),
+    )
     threshold_tokens: int = setting(
         2048,
         "N",

@@ -13,6 +13,7 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
+from asyncep_kernels.help.board import board_bytes
 from asyncep_kernels.native import isa
 from asyncep_sgl.config.flags import Mode
 from asyncep_sgl.config.model_support import check_supported, read_config
@@ -102,6 +103,7 @@ def _prepare(
     on_devices = cuda is not None and cuda.transport == "cuda"
     store = StoreServer(options.ranks, options.run.store_limit, devices=on_devices, directory=directory)
     load_board = OwnedSegment("loads", mmap.PAGESIZE)
+    help_board = OwnedSegment("help", board_bytes(options.ranks))
     keys = hand_on(options.keys)
     cpus = divide_cpus(options.ranks)
     router = None
@@ -118,6 +120,7 @@ def _prepare(
         run_directory=str(directory),
         cpus=cpus if cuda is None else (),
         load_board=load_board.path,
+        help_board=help_board.path,
         settings=options.run,
         router=router,
         group=replace(group, exporter_address=f"{store.address}-exporter"),

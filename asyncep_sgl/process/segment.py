@@ -1,4 +1,4 @@
-"""Shared memory without a name: it lives in the launcher's descriptors and is gone when the last process is."""
+"""Shared memory without a name: it lives in one process's descriptors and is gone when the last process is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 class OwnedSegment:
-    """Memory of one tensor, held by the launcher through a descriptor of an anonymous file (memfd).
+    """Memory that is held through a descriptor of an anonymous file (memfd): by the launcher, unless stated.
 
     Nothing appears in ``/dev/shm``, so no crash can leave anything behind there, two servers cannot collide, and
     a container's ``--shm-size`` does not limit it.
@@ -36,9 +36,14 @@ class OwnedSegment:
             raise
 
     @property
+    def descriptor(self) -> int:
+        """Of the memory, in the process that made it."""
+        return self._fd
+
+    @property
     def path(self) -> str:
         """Opens the memory from any process of the same user."""
-        return f"/proc/{os.getpid()}/fd/{self._fd}"
+        return segment_path(os.getpid(), self._fd)
 
     @property
     def resident_bytes(self) -> int:
@@ -46,8 +51,13 @@ class OwnedSegment:
         return os.fstat(self._fd).st_blocks * 512
 
     def close(self) -> None:
-        """Drops the launcher's hold. Ranks that still map it keep it until they end."""
+        """Drops the maker's hold. Processes that still map it keep it until they end."""
         os.close(self._fd)
+
+
+def segment_path(pid: int, descriptor: int) -> str:
+    """Opens the memory of a descriptor of another process."""
+    return f"/proc/{pid}/fd/{descriptor}"
 
 
 def map_segment(path: str, nbytes: int, *, writable: bool) -> mmap.mmap:

@@ -20,6 +20,8 @@ from asyncep_kernels.attention import cpu
 from asyncep_kernels.attention.batch import Batch
 from asyncep_kernels.attention.plan import Plan, plan
 from asyncep_kernels.workspace import Workspace
+from asyncep_sgl.strategies import current
+from asyncep_sgl.strategies.base import Attention
 
 NAME = "asyncep_cpu"
 _SERVED = (torch.bfloat16, torch.float32)
@@ -69,16 +71,23 @@ class CpuPrefillBackend(TorchNativeAttnBackend):  # type: ignore[misc] # upstrea
             )
         out = q.new_empty(q.shape[0], heads * layer.v_head_dim)
         out[tokens:].zero_()
-        cpu.attention(
+        asked = Attention(
             q.reshape(-1, heads, layer.qk_head_dim)[:tokens],
             pool.get_key_buffer(layer.layer_id),
             pool.get_value_buffer(layer.layer_id),
             self._plan(layer.sliding_window_size),
-            scale=layer.scaling,
-            new_kv=new_kv,
-            out=out[:tokens].view(tokens, heads, layer.v_head_dim),
-            workspace=self._workspace,
+            layer.scaling,
+            out[:tokens].view(tokens, heads, layer.v_head_dim),
         )
+        strategy = current.rank()
+        if strategy is None or not strategy.attention(asked):
+            cpu.attention(
+                *(asked.q, asked.k_cache, asked.v_cache, asked.plan),
+                scale=asked.scale,
+                new_kv=new_kv,
+                out=asked.out,
+                workspace=self._workspace,
+            )
         return out
 
     def _read(self, forward_batch: Any) -> Batch | None:

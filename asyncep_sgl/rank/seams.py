@@ -100,6 +100,8 @@ def _around_event_loop(original: Callable[..., None], *args: Any, **kwargs: Any)
 
 def _before_batch(scheduler: Any, batch: Any, *_: Any, **__: Any) -> None:
     """The router learns what a rank would have died of."""
+    if (strategy := current.rank()) is not None:
+        strategy.batch_begins()
     if _reporter is not None:
         # SGLang counts a batch in the method that follows.
         _reporter.batch_started(scheduler.forward_ct + 1, batch)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from prometheus_client.registry import Collector
 
+    from asyncep_kernels.attention.plan import Plan
     from asyncep_kernels.moe.table import ExpertTable
     from asyncep_router.cost import ModelCost
     from asyncep_sgl.config.options import ServeOptions
@@ -217,12 +218,24 @@ class ExpertLayer:
     compute: Callable[[torch.Tensor, TopK, ExpertTable], torch.Tensor]
 
 
+class Attention(NamedTuple):
+    """A layer's attention on a CPU: the arguments of `asyncep_kernels.attention.cpu.attention`."""
+
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    plan: Plan
+    scale: float
+    out: torch.Tensor
+
+
 class RankStrategy:
     """A rank's side. For the one thread that computes.
 
     Order of calls: `adopt` for each layer while the model is built; `weights` and `reads` while it loads; `loaded`
-    once; then for each batch `batch_flops`, `pass_begins`, the layers in order, `batch_done`. Where SGLang schedules
-    ahead of a GPU, the next batch's `batch_flops` comes before this one's `batch_done`.
+    once; then for each batch `batch_flops`, `batch_begins`, `pass_begins`, the layers in order, `batch_done`. Where
+    SGLang schedules ahead of a GPU, the next batch's `batch_flops` and `batch_begins` come before this one's
+    `batch_done`.
 
     Args:
         place: the rank.
@@ -289,6 +302,18 @@ class RankStrategy:
             ``(T, H)`` in the dtype of ``hidden``.
         """
         return layer.compute(hidden, topk, layer.own)
+
+    def batch_begins(self) -> None:
+        """A batch is about to be computed."""
+
+    def attention(self, asked: Attention) -> bool:
+        """A layer's attention on a CPU, for a strategy that does not leave it to the rank alone.
+
+        Returns:
+            Whether it is computed; if not, nothing is written, and the rank computes it.
+        """
+        del asked
+        return False
 
     def pass_begins(self) -> None:
         """A forward pass over all layers begins."""

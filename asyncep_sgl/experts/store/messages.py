@@ -212,6 +212,21 @@ class ServedReport(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     busy_seconds: float
 
 
+class HelpReport(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """How idle ranks of this host have helped a rank.
+
+    Attributes:
+        blocks: of expert rows that the rank offered, whoever computed them.
+        helped: of these, computed by other ranks.
+        left: offers whose helper did not come out in time; the rank computed its blocks.
+    """
+
+    rank: int
+    blocks: int
+    helped: int
+    left: int
+
+
 class StatusRequest(msgspec.Struct, tag=True, frozen=True):
     """Asks for `Status`."""
 
@@ -244,6 +259,7 @@ class Status(msgspec.Struct, tag=True, frozen=True):
         gathers: of each rank that gathers experts from other hosts.
         calls: of each rank that sends rows to other hosts.
         served: what this host's worker has done for them; None without one.
+        help: of each rank that idle ranks of this host help.
     """
 
     ranks: tuple[RankStatus, ...]
@@ -254,6 +270,7 @@ class Status(msgspec.Struct, tag=True, frozen=True):
     gathers: tuple[GatherReport, ...] = ()
     calls: tuple[CallReport, ...] = ()
     served: ServedReport | None = None
+    help: tuple[HelpReport, ...] = ()
 
 
 class Done(msgspec.Struct, tag=True, frozen=True):
@@ -266,6 +283,6 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
     reason: str
 
 
-Report = GatherReport | CallReport | ServedReport
+Report = GatherReport | CallReport | ServedReport | HelpReport
 Request = Hello | Allocate | Placed | Loaded | Failed | Serving | StatusRequest | ExportRequest | Report
 Reply = Welcome | Segment | Complete | Status | Done | Refused | Export

@@ -19,6 +19,7 @@ from asyncep_sgl.experts.store.messages import (
     GatherReport,
     HeldTensor,
     Hello,
+    HelpReport,
     Loaded,
     Placed,
     RankStatus,
@@ -101,6 +102,7 @@ class StoreRegistry(Generic[Client]):
     _gathers: dict[int, GatherReport] = field(default_factory=dict)
     _calls: dict[int, CallReport] = field(default_factory=dict)
     _served: ServedReport | None = None
+    _help: dict[int, HelpReport] = field(default_factory=dict)
 
     def handle(self, client: Client, request: Request) -> list[tuple[Client, Reply]]:
         """Takes one request; returns what to say to whom now (a `Loaded` is answered with the last one)."""
@@ -132,6 +134,9 @@ class StoreRegistry(Generic[Client]):
                 return [(client, Done())]
             case CallReport(rank=rank):
                 self._calls[rank] = request
+                return [(client, Done())]
+            case HelpReport(rank=rank):
+                self._help[rank] = request
                 return [(client, Done())]
             case ServedReport():
                 self._served = request
@@ -177,6 +182,7 @@ class StoreRegistry(Generic[Client]):
             gathers=tuple(self._gathers[rank] for rank in sorted(self._gathers)),
             calls=tuple(self._calls[rank] for rank in sorted(self._calls)),
             served=self._served,
+            help=tuple(self._help[rank] for rank in sorted(self._help)),
         )
 
     def close(self) -> None:

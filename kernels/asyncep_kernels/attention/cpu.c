@@ -3,30 +3,15 @@
 // Scores are computed transposed, keys down and queries across, so that a softmax is sums of whole registers. The
 // query heads of a key head are folded into a panel's columns: keys and values are packed once for all of them, and
 // once for all sequences of a group that share a prefix.
+#include "blocks.h"
 #include "product.h"
 #include "scratch.h"
 
 // Keys whose scores are computed at once, and panels of queries that use them while they are in the L1 cache.
 #define KEYS 128
 #define PANELS 4
-
-struct layer {
-    const bf16 *q, *k, *v;
-    bf16* out;
-    int64_t q_row, k_row, v_row, out_row;  // elements from one token to the next
-    int64_t heads, kv_heads, dim, v_dim;
-    int64_t window;  // tokens before itself that a query sees; -1 for all
-    float scale;     // of the scores, in base 2
-};
-
-// Sequences in groups; the members of a group have their first `shared` cache rows in common.
-struct batch {
-    int64_t groups;
-    const int64_t *members;  // (groups + 1): the first sequence of each group
-    const int64_t *shared;   // (groups)
-    const int64_t *query, *new_tokens, *prefix;  // a sequence's first row of q, its new tokens, its cached ones
-    const int64_t *slot_start, *slots;           // where a sequence's cache rows begin in `slots`
-};
+// New tokens of a sequence in one block of work: a multiple of what PANELS panels hold, so that panels are the same.
+#define TOKENS 256
 
 // Keys of one head, ready for products.
 struct keys {
@@ -223,19 +208,40 @@ static void attend_sequence(
     }
 }
 
-// Computes (group, key head) pairs until none is left; any number of threads may call it with the same `next`.
-// Returns 0, or -1 when there is no memory.
-int asyncep_attention(const struct layer* layer, const struct batch* batch, int64_t* next) {
+// Parts into which a group's queries are cut. Sequences that share a prefix stay together: it is packed once for all.
+static int64_t parts(const struct batch* batch, int64_t group) {
+    int64_t first = batch->members[group];
+    if (batch->members[group + 1] - first != 1) return 1;
+    return batch->new_tokens[first] > TOKENS ? (batch->new_tokens[first] + TOKENS - 1) / TOKENS : 1;
+}
+
+// How many blocks of work a layer has: one for each group, part of it and key head.
+int64_t asyncep_attention_blocks(const struct batch* batch, int64_t kv_heads) {
+    int64_t blocks = 0;
+    for (int64_t group = 0; group < batch->groups; group++) blocks += parts(batch, group) * kv_heads;
+    return blocks;
+}
+
+// Computes blocks until none is left; any number of threads may call it with the same counter of them.
+// Returns 0, or -1 when there is no memory; then a block that was begun is not done.
+int asyncep_attention(const struct layer* layer, const struct batch* batch, const struct blocks* blocks) {
     static __thread struct scratch common, own, work;
     size_t panel_bytes = 2 * PANEL * (up32(layer->dim) + 2 * up32(layer->v_dim));
     void* memory = scratch_take(&work, 6 * KEYS * PANEL + PANELS * panel_bytes);
     if (!memory) return -1;
     product_begin();
     int result = 0;
-    for (;;) {
-        int64_t task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
-        int64_t group = task / layer->kv_heads, head = task % layer->kv_heads;
-        if (group >= batch->groups) break;
+    int64_t count = asyncep_attention_blocks(batch, layer->kv_heads), block;
+    int64_t seen = 0, group = 0;  // blocks of the groups before `group`
+    while (!result && (block = begin_block(blocks, count)) >= 0) {
+        for (;; group++) {
+            int64_t of_group = parts(batch, group) * layer->kv_heads;
+            if (block < seen + of_group) break;
+            seen += of_group;
+        }
+        int64_t head = (block - seen) % layer->kv_heads;
+        // The last part first: it sees the most keys.
+        int64_t part = parts(batch, group) - 1 - (block - seen) / layer->kv_heads;
         struct keys ranges[2];
         int64_t shared = batch->shared[group], first = batch->members[group];
         int known = 0;
@@ -245,8 +251,10 @@ int asyncep_attention(const struct layer* layer, const struct batch* batch, int6
             else ranges[known++] = pack_keys(layer, head, batch->slots + batch->slot_start[first], shared, 0, to);
         }
         for (int64_t s = first; s < batch->members[group + 1] && !result; s++) {
-            int64_t keys = batch->prefix[s] + batch->new_tokens[s] - shared;
-            if (!batch->new_tokens[s]) continue;
+            int64_t begin = part * TOKENS, tokens = batch->new_tokens[s] - begin;
+            if (parts(batch, group) > 1 && tokens > TOKENS) tokens = TOKENS;
+            if (!tokens) continue;
+            int64_t keys = batch->prefix[s] + begin + tokens - shared;
             void* to = scratch_take(&own, keys_bytes(layer, keys));
             if (!to) {
                 result = -1;
@@ -254,8 +262,9 @@ int asyncep_attention(const struct layer* layer, const struct batch* batch, int6
             }
             ranges[known] = pack_keys(layer, head, batch->slots + batch->slot_start[s] + shared, keys, shared, to);
             attend_sequence(
-                layer, head, batch->query[s], batch->new_tokens[s], batch->prefix[s], ranges, known + 1, memory);
+                layer, head, batch->query[s] + begin, tokens, batch->prefix[s] + begin, ranges, known + 1, memory);
         }
+        if (!result) end_block(blocks, block);
     }
     product_end();
     return result;

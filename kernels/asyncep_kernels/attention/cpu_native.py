@@ -119,5 +119,5 @@ def attention(
         *(q.shape[1], k_cache.shape[1], q.shape[2], v_cache.shape[2], -1 if window is None else window),
         scale * math.log2(math.e),
     )
-    share(lambda begun: kernels.asyncep_attention(ctypes.byref(layer), ctypes.byref(plan.batch), begun))
+    share(lambda blocks: kernels.asyncep_attention(ctypes.byref(layer), ctypes.byref(plan.batch), blocks))
     return out

@@ -2,6 +2,7 @@
 //
 // Weights are read where they lie. A block of an expert's tokens is packed as it is gathered, its gated product stays
 // packed for the second GEMM, and only the experts' outputs (bf16) leave the L2 cache, to be summed per token.
+#include "blocks.h"
 #include "product.h"
 #include "scratch.h"
 
@@ -104,15 +105,20 @@ static inline __attribute__((always_inline)) void write_rows(void* state, int un
     unpack_columns(beside->c + start, _mm512_set1_ps(1.0f), to, beside->at, count, 32);
 }
 
-// Computes blocks until none is left; any number of threads may call it with the same `next`.
+int64_t asyncep_moe_blocks(const int64_t* starts, int64_t experts) {
+    int64_t blocks = 0;
+    for (int64_t e = 0; e < experts; e++) blocks += (starts[e + 1] - starts[e] + BLOCK - 1) / BLOCK;
+    return blocks;
+}
+
+// Computes blocks until none is left; any number of threads may call it with the same counter of them.
 //   x: (tokens, hidden), rows `x_stride` elements apart; hidden and inter are multiples of 32
 //   w13, w2: an address per expert: (2 * inter, hidden) and (hidden, inter), rows contiguous
 //   results: (assignments, hidden) written, in the order of asyncep_moe_route
-//   next: starts at 0
-// Returns 0, or -1 when there is no memory.
+// Returns 0, or -1 when there is no memory; then no block was begun.
 int asyncep_moe_experts(
     const bf16* x, int64_t x_stride, int64_t hidden, int64_t inter, int64_t experts, const int64_t* starts,
-    const int32_t* order, const bf16* const* w13, const bf16* const* w2, bf16* results, int64_t* next) {
+    const int32_t* order, const bf16* const* w13, const bf16* const* w2, bf16* results, const struct blocks* blocks) {
     static __thread struct scratch scratch;
     bf16* packed = scratch_take(&scratch, 2 * BLOCK * (hidden + inter) + 2 * 4 * 32 * PANEL);
     if (!packed) return -1;
@@ -120,16 +126,14 @@ int asyncep_moe_experts(
     // Two products: one is computed while the other is worked on.
     float* products = (float*)(gated + BLOCK * inter);
     product_begin();
+    int64_t count = asyncep_moe_blocks(starts, experts), wanted;
     int64_t seen = 0, expert = 0;  // blocks of the experts before `expert`
-    for (;;) {
-        int64_t wanted = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
-        int64_t blocks = 0;
-        for (; expert < experts; expert++) {
-            blocks = (starts[expert + 1] - starts[expert] + BLOCK - 1) / BLOCK;
-            if (wanted < seen + blocks) break;
-            seen += blocks;
+    while ((wanted = begin_block(blocks, count)) >= 0) {
+        for (;; expert++) {
+            int64_t of_expert = asyncep_moe_blocks(starts + expert, 1);
+            if (wanted < seen + of_expert) break;
+            seen += of_expert;
         }
-        if (expert == experts) break;
         int64_t first = starts[expert] + (wanted - seen) * BLOCK;
         int rows = (int)(starts[expert + 1] - first < BLOCK ? starts[expert + 1] - first : BLOCK);
         for (int m = 0; m < rows; m += HALF) {
@@ -180,6 +184,7 @@ int asyncep_moe_experts(
         }
         beside.w0 = NULL;
         for (int unit = 0; unit < UNITS; unit++) write_rows(&beside, unit);
+        end_block(blocks, wanted);
     }
     product_end();
     return 0;

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
 
 from asyncep_kernels.moe.stages import Sorted
 from asyncep_kernels.moe.table import ExpertTable
-from asyncep_kernels.native.library import library, share, split
+from asyncep_kernels.native.library import library, needed, share, split
 from asyncep_kernels.workspace import Workspace
 
 # Rows and columns of a product.
@@ -39,7 +38,7 @@ def sort(topk_ids: torch.Tensor, experts: int, workspace: Workspace) -> Sorted:
     starts = workspace.take("moe.starts", (experts + 1,), torch.int64)
     order = workspace.take("moe.order", (tokens * k,), torch.int32)
     place = workspace.take("moe.place", (tokens, k), torch.int32)
-    largest = _library().asyncep_moe_route(
+    largest = needed().asyncep_moe_route(
         ids.data_ptr(), tokens, k, experts, starts.data_ptr(), order.data_ptr(), place.data_ptr()
     )
     if largest >= experts:
@@ -55,21 +54,21 @@ def run(
     Raises:
         MemoryError: no scratch memory.
     """
-    kernels = _library()
+    kernels = needed()
     inter, width = experts.w2[0].shape[1], hidden.shape[1]
-    w13, w2 = _addresses(experts.w13)[first:last].contiguous(), _addresses(experts.w2)[first:last].contiguous()
+    w13, w2 = addresses(experts.w13)[first:last].contiguous(), addresses(experts.w2)[first:last].contiguous()
     starts = order.starts[first:]
     share(
-        lambda begun: kernels.asyncep_moe_experts(
+        lambda blocks: kernels.asyncep_moe_experts(
             *(hidden.data_ptr(), hidden.stride(0), width, inter, last - first, starts.data_ptr()),
-            *(order.tokens.data_ptr(), w13.data_ptr(), w2.data_ptr(), results.data_ptr(), begun),
+            *(order.tokens.data_ptr(), w13.data_ptr(), w2.data_ptr(), results.data_ptr(), blocks),
         )
     )
 
 
 def combine(results: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:
     """See `asyncep_kernels.moe.cpu.combine`. Sums are fp32, rounded once."""
-    kernels = _library()
+    kernels = needed()
     tokens, k = place.shape
     weights = weights.to(torch.float32).contiguous()
     summed = out if out.stride(1) == 1 else torch.empty(out.shape, dtype=out.dtype)
@@ -84,13 +83,6 @@ def combine(results: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, o
         out.copy_(summed)
 
 
-def _library() -> ctypes.CDLL:
-    kernels = library()
-    if kernels is None:
-        raise RuntimeError("the C kernels are not loaded")
-    return kernels
-
-
 def _plain(side: torch.Tensor | Sequence[torch.Tensor]) -> bool:
     """Whether every expert's matrix is stored row after row."""
     if isinstance(side, torch.Tensor):
@@ -98,7 +90,7 @@ def _plain(side: torch.Tensor | Sequence[torch.Tensor]) -> bool:
     return all(each.is_contiguous() for each in side)
 
 
-def _addresses(side: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+def addresses(side: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
     """``(E,)`` int64: where each expert's matrix begins."""
     if isinstance(side, torch.Tensor):
         step = side.stride(0) * side.element_size()

@@ -20,7 +20,7 @@ from asyncep_kernels.native.isa import Isa, choose
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _HEADERS = _PACKAGE / "native"
-_SOURCES = ("moe/cpu.c", "attention/cpu.c", "norm/cpu.c", "rotary/cpu.c", "routing/cpu.c")
+_SOURCES = ("moe/cpu.c", "attention/cpu.c", "help/help.c", "norm/cpu.c", "rotary/cpu.c", "routing/cpu.c")
 # The oldest glibc that has all we call; an older one than the machine's serves.
 _TARGET = ("-target", "x86_64-linux-gnu.2.17")
 _FLAGS = ("-std=gnu11", "-O3", "-fno-sanitize=all", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror")

@@ -6,7 +6,7 @@ import ctypes
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import c_float, c_int, c_int64, c_uint8, c_void_p
 from functools import lru_cache
 
 import torch
@@ -18,14 +18,24 @@ logger = logging.getLogger("asyncep.kernels")
 
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "asyncep_moe_route": (c_int64, (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p)),
+    "asyncep_moe_blocks": (c_int64, (c_void_p, c_int64)),
     "asyncep_moe_experts": (
         c_int,
         (c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+    ),
+    "asyncep_help_ring": (None, (c_void_p,)),
+    "asyncep_help_open": (None, (c_void_p, c_int64, c_void_p)),
+    "asyncep_help_compute": (c_int, (c_void_p, c_void_p, c_void_p, c_int64, c_void_p)),
+    "asyncep_help_close": (c_int64, (c_void_p, c_int64, c_void_p, c_int64)),
+    "asyncep_help_others": (
+        c_int64,
+        (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
     ),
     "asyncep_moe_combine": (
         None,
         (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64),
     ),
+    "asyncep_attention_blocks": (c_int64, (c_void_p, c_int64)),
     "asyncep_attention": (c_int, (c_void_p, c_void_p, c_void_p)),
     "asyncep_rms_norm": (
         c_int,
@@ -65,22 +75,49 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
+def needed() -> ctypes.CDLL:
+    """The kernels, for what is only called where they serve.
+
+    Raises:
+        RuntimeError: they do not.
+    """
+    kernels = library()
+    if kernels is None:
+        raise RuntimeError("the C kernels are not loaded")
+    return kernels
+
+
 @lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="asyncep-kernel")
 
 
-def share(run: Callable[[int], int]) -> None:
-    """Runs ``run`` on as many threads as torch uses, each with the address of one counter of pieces begun, 0 at first.
+class Blocks(ctypes.Structure):
+    """``struct blocks`` of blocks.h."""
+
+    _fields_ = (("next", c_void_p), ("done", c_void_p), ("who", c_uint8), ("idle", c_void_p))
+
+
+def share(run: Callable[[object], int]) -> None:
+    """Runs ``run`` on as many threads as torch uses, each with the same blocks, of which none is begun.
 
     Raises:
         MemoryError: one returned another number than 0.
     """
     counter = c_int64(0)
-    begun = ctypes.addressof(counter)
+    blocks = ctypes.byref(Blocks(ctypes.addressof(counter)))
+    on_threads(lambda: run(blocks))
+
+
+def on_threads(run: Callable[[], int]) -> None:
+    """Runs ``run`` on as many threads as torch uses, at once.
+
+    Raises:
+        MemoryError: one returned another number than 0.
+    """
     others = torch.get_num_threads() - 1
-    futures = [_pool(others).submit(run, begun) for _ in range(others)]
-    results = [run(begun), *(future.result() for future in futures)]
+    futures = [_pool(others).submit(run) for _ in range(others)]
+    results = [run(), *(future.result() for future in futures)]
     if any(results):
         raise MemoryError("no memory for a kernel's scratch buffers")
 

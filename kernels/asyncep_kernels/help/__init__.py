@@ -1,0 +1,1 @@
+"""A layer computed by several processes of a host that map the same weights."""
