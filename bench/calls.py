@@ -5,8 +5,9 @@
 Both hosts are one core each, joined by a link whose bytes a second are to a core's measured FLOPs a second what
 NVLink's are to an H100's, times each of `--factors`. Every side serves prompts that come alone (`lone`), the paper's
 mix, conversations and news at once (`loads`), and the mix in Poisson arrivals at 25, 50 and 80 % of AsyncEP's
-throughput (`arrivals`); then prompts alone with wider experts (`wide`). Writes `bench/out/calls.json` and
-`bench/out/calls.png`, under 40 minutes. Needs root (network namespaces). `docs/results/calls.md` says how to read it.
+throughput (`arrivals`); then prompts alone with wider experts (`wide`), and on one host (`one-host`). Writes
+`bench/out/calls.json` and `bench/out/calls.png`, under 40 minutes. Needs root (network namespaces).
+`docs/results/calls.md` says how to read it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from calls_one_host import STARTS, one_host
 from calls_tables import ARRIVALS, claims_of, plot, show
 from emulation.two_hosts import Hosts, NoNamespacesError, two_hosts
 from models import QWEN3_147M, QWEN3_TINY, random_qwen3
@@ -40,6 +42,8 @@ from asyncep_router.cost import ModelCost
 SEED = 20261201
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 WIDE_LENGTHS = (256, 512, 1024)
+# Prompts of a length that are timed.
+REPEATS = 4
 # Multiples of the H100's ratio; 4 and 13 are what 3 and 10 Gbit/s are to 0.76.
 FACTORS = (1.0, 4.0, 13.0)
 # Each load is served until so much time has passed, at least once.
@@ -47,7 +51,8 @@ LEAST_SECONDS = 20.0
 # Experts four times as wide: a row computes four times as long, its bytes on the link stay the same.
 WIDE = {**QWEN3_147M, "moe_intermediate_size": 1536}
 ARRIVING = 20.0
-PARTS = ("lone", "loads", "arrivals", "wide")
+PARTS = ("lone", "loads", "arrivals", "wide", "one-host")
+OVER_LINKS = PARTS[:4]
 NAMES = ("AsyncEP, one-sided", "ep", "auto", "TP-2", "PP-2", "EP-2", "DP-attention + EP-2", "DP-2, experts twice")
 # Sides that serve `wide`: the others take time and are in no claim.
 WIDE_NAMES = ("AsyncEP, one-sided", "auto", "TP-2", "PP-2")
@@ -156,7 +161,7 @@ class Bench:
             flush(server)
             lone(url, (64,) if self._quick else (64, 6000), 1, vocabulary, seed=-SEED)
             flush(server)
-            seconds, answers = lone(url, lengths, 2 if self._quick else 5, vocabulary)
+            seconds, answers = lone(url, lengths, 2 if self._quick else REPEATS, vocabulary)
             self.raw[part].setdefault(f"{factor:g}", {})[side.name] = seconds
             if part == "lone" and side.group:
                 self._alone[f"{side.name} at {factor:g}"] = answers
@@ -219,7 +224,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     cost = ModelCost.from_config({"model_type": "qwen3_moe", **config})
     loads = make_loads(QUICK if quick else FULL, cost, config["vocab_size"], SEED, None)
     loads = [load for load in loads if load.name == MIX or load.name.startswith(("conversations", "news"))]
-    parts = options.parts or (PARTS[:2] if quick else PARTS)
+    parts = options.parts or (("lone", "loads", "one-host") if quick else PARTS)
     names = options.sides or (QUICK_NAMES if quick else NAMES)
     sides = {side.name: side for side in (*SIDES, *CALLS)}
     raw: dict[str, Any] = {
@@ -229,9 +234,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "sides": [asdict(sides[name]) for name in NAMES if name in names],
         "about": {load.name: load.about() for load in loads},
     }
+    if "one-host" in parts:
+        say("one host")
+        raw["one host"] = one_host(
+            model,
+            lambda url: lone(url, LENGTHS[:3] if quick else LENGTHS, 2 if quick else REPEATS, config["vocab_size"]),
+            environment,
+            starts=1 if quick else STARTS,
+            say=say,
+        )
     with two_hosts(next(iter(rates.values()))) as hosts:
         bench = Bench(hosts, rates, environment, quick)
-        base = [part for part in parts if part != "wide"]
+        base = [part for part in parts if part in OVER_LINKS and part != "wide"]
         for name in (name for name in NAMES if name in names and base):
             bench.side(sides[name], base, model, loads, config["vocab_size"])
             raw |= bench.raw

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from calls_one_host import HELP, REST, STOCK
 from paper_loads import MIX
 from records import Claim
 from rich.console import Console
@@ -75,6 +76,21 @@ def _lone_claims(raw: Mapping[str, Any], part: str, times_faster: float, over_tp
     return claims
 
 
+def _one_host_claims(found: Mapping[str, Any]) -> list[Claim]:
+    claims = []
+    by_side = found.get("seconds", {})
+    helped = milliseconds(by_side, HELP, "512")
+    for other, most in ((REST, 0.75), (STOCK, 1.0)):
+        if helped and (theirs := milliseconds(by_side, other, "512")):
+            claims.append(
+                Claim(f"one host, a prompt of 512 tokens: {HELP}, over {other}", helped / theirs, most, "x", False)
+            )
+    if found:
+        name = f"one host, answers with and without help that differ in a bit, of {found['answers']}"
+        claims.append(Claim(name, found["different"], 0, "answers", False))
+    return claims
+
+
 def claims_of(raw: Mapping[str, Any]) -> list[Claim]:
     """What the project wants shown, of the sides and parts that were run."""
     claims = _lone_claims(raw, "lone", 3.0, 1.4) + _lone_claims(raw, "wide", 7.0, 1.1)
@@ -101,6 +117,7 @@ def claims_of(raw: Mapping[str, Any]) -> list[Claim]:
             for name, part in (("p50", 0.5), ("p99", 0.99)) if ours and theirs else ():
                 value = percentile(ours["seconds"], part) / percentile(theirs["seconds"], part)
                 claims.append(Claim(f"{name} of auto over {other}'s at {share:.0%}", value, most, "x", False))
+    claims += _one_host_claims(raw.get("one host", {}))
     if raw.get("bits", {}).get("answers"):
         name = f"answers that differ in a bit, of {raw['bits']['answers']}"
         claims.append(Claim(name, raw["bits"]["different"], 0, "answers", False))
@@ -110,13 +127,15 @@ def claims_of(raw: Mapping[str, Any]) -> list[Claim]:
 def show(console: Console, raw: Mapping[str, Any], claims: Sequence[Claim]) -> None:
     """Everything as tables."""
     console.print(f"core {raw['core_peak_flops'] / 1e9:.0f} GFLOP/s in bf16 ({raw['isa']}), links {raw['links']}")
-    for part in ("lone", "wide"):
-        for factor, by_side in raw[part].items():
-            lengths = list(dict.fromkeys(tokens for each in by_side.values() for tokens in each))
-            table = Table("ms", *lengths, title=f"Prompts alone, {part}, link x{factor}")
-            for name, each in by_side.items():
-                table.add_row(name, *(f"{statistics.median(each[tokens]) * 1e3:.0f}" for tokens in lengths))
-            console.print(table)
+    alone = {f"{part}, link x{factor}": each for part in ("lone", "wide") for factor, each in raw[part].items()}
+    if raw.get("one host"):
+        alone["one host"] = raw["one host"]["seconds"]
+    for where, by_side in alone.items():
+        lengths = list(dict.fromkeys(tokens for each in by_side.values() for tokens in each))
+        table = Table("ms", *lengths, title=f"Prompts alone, {where}")
+        for name, each in by_side.items():
+            table.add_row(name, *(f"{statistics.median(each[tokens]) * 1e3:.0f}" for tokens in lengths))
+        console.print(table)
     if raw["loads"]:
         names = list(dict.fromkeys(name for by_side in raw["loads"].values() for name in by_side))
         table = Table("tokens/s", *raw["loads"], title="All at once")

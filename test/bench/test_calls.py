@@ -42,6 +42,15 @@ def record() -> dict[str, Any]:
             name: {"0.5": {"rate": 5.0, "seconds": [number * scale for number in range(100)]}}
             for name, scale in (("auto", 2.0), ("TP-2", 4.0), ("PP-2", 0.5), ("EP-2", 9.0))
         },
+        "one host": {
+            "seconds": {
+                "two ranks, the idle one helps": {"512": [0.1, 0.2, 0.3]},
+                "two ranks, the idle one rests": {"512": [0.4]},
+                "stock, two threads": {"512": [0.1]},
+            },
+            "answers": 3,
+            "different": 0,
+        },
         "bits": {"answers": 12, "different": 1},
         "failed": {},
     }
@@ -62,6 +71,9 @@ def test_claims_are_of_medians_and_of_sides_that_keep_up(bench: Callable[[str], 
         "p99 of auto over TP-2's at 50%": 0.5,
         "p50 of auto over PP-2's at 50%": 4.0,
         "p99 of auto over PP-2's at 50%": 4.0,
+        "one host, a prompt of 512 tokens: two ranks, the idle one helps, over two ranks, the idle one rests": 0.5,
+        "one host, a prompt of 512 tokens: two ranks, the idle one helps, over stock, two threads": 2.0,
+        "one host, answers with and without help that differ in a bit, of 3": 0,
         "answers that differ in a bit, of 12": 1,
     }  # EP-2 serves 2 requests a second, and 5 arrive
     assert not found["answers that differ in a bit, of 12"].holds
@@ -71,7 +83,7 @@ def test_claims_are_of_medians_and_of_sides_that_keep_up(bench: Callable[[str], 
 
 def test_what_was_not_run_is_not_claimed_and_not_drawn(bench: Callable[[str], Any], tmp_path: Path) -> None:
     tables = bench("calls_tables")
-    empty = {**record(), "lone": {}, "loads": {}, "arrivals": {}, "bits": {}}
+    empty = {**record(), "lone": {}, "loads": {}, "arrivals": {}, "one host": {}, "bits": {}}
     assert tables.claims_of(empty) == []
     tables.plot(empty, tmp_path / "empty.png")
     assert not (tmp_path / "empty.png").exists()

@@ -22,7 +22,10 @@ from asyncep_sgl.process.segment import OwnedSegment, map_segment
 MOST_BYTES = 256 << 20
 # Tokens of a piece.
 PIECE_TOKENS = 4096
-# Products of a query and a key, over all heads, below which attention takes less than offering it.
+# What takes less than this, some 0.1 ms on one core, is not worth a ring. Of experts: FLOPs, or bytes of weights.
+LEAST_FLOPS = 20e6
+LEAST_BYTES = 1 << 20
+# Of attention: products of a query and a key, over all heads.
 LEAST_PRODUCTS = 200_000
 
 
@@ -81,7 +84,10 @@ class Offering:
         Raises:
             MemoryError, OSError: no memory.
         """
-        if not (ids.numel() and self.board.others_idle() and moe_native.serves(hidden, experts)):
+        rows, each = ids.numel(), experts.w13[0].numel() + experts.w2[0].numel()
+        if 2 * rows * each < LEAST_FLOPS and 2 * min(rows, len(experts.w13)) * each < LEAST_BYTES:
+            return None
+        if not (self.board.others_idle() and moe_native.serves(hidden, experts)):
             return None
         tokens = PIECE_TOKENS
         while expert_bytes(tokens, ids.shape[1], len(experts.w13), hidden.shape[1]) > MOST_BYTES:
