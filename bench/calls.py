@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ WIDE = {**QWEN3_147M, "moe_intermediate_size": 1536}
 ARRIVING = 20.0
 PARTS = ("lone", "loads", "arrivals", "wide", "one-host")
 OVER_LINKS = PARTS[:4]
+# What the record has of the parts over links.
+FOUND = ("lone", "wide", "loads", "arrivals", "calls", "differences", "failed")
 NAMES = ("AsyncEP, one-sided", "ep", "auto", "TP-2", "PP-2", "EP-2", "DP-attention + EP-2", "DP-2, experts twice")
 # Sides that serve `wide`: the others take time and are in no claim.
 WIDE_NAMES = ("AsyncEP, one-sided", "auto", "TP-2", "PP-2")
@@ -125,9 +128,7 @@ class Bench:
         self._hosts, self._rates, self._environment, self._quick = hosts, rates, environment, quick
         self._served: dict[str, Any] = {}
         self._alone: dict[str, list[Any]] = {}
-        self.raw: dict[str, Any] = {
-            "lone": {}, "wide": {}, "loads": {}, "arrivals": {}, "calls": {}, "differences": {}, "failed": {},
-        }  # fmt: skip
+        self.raw: dict[str, Any] = {found: {} for found in FOUND}
 
     def side(self, side: Side, parts: Sequence[str], model: Path, loads: Sequence[Load], vocabulary: int) -> None:
         """Starts a side and asks it for what is wanted of it. One that fails is noted."""
@@ -233,6 +234,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "core_peak_flops": peak,
         "sides": [asdict(sides[name]) for name in NAMES if name in names],
         "about": {load.name: load.about() for load in loads},
+        **{found: {} for found in FOUND},
     }
     if "one-host" in parts:
         say("one host")
@@ -243,9 +245,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             starts=1 if quick else STARTS,
             say=say,
         )
-    with two_hosts(next(iter(rates.values()))) as hosts:
+        _save(raw, quick)
+    base = [part for part in parts if part in OVER_LINKS and part != "wide"]
+    with two_hosts(next(iter(rates.values()))) if base or "wide" in parts else nullcontext() as hosts:
+        if hosts is None:
+            return raw | {"seconds": time.monotonic() - _started}
         bench = Bench(hosts, rates, environment, quick)
-        base = [part for part in parts if part in OVER_LINKS and part != "wide"]
         for name in (name for name in NAMES if name in names and base):
             bench.side(sides[name], base, model, loads, config["vocab_size"])
             raw |= bench.raw

@@ -82,8 +82,9 @@ class RunSettings:
     idle_ranks: Literal["help", "rest"] = setting(
         "help",
         "",
-        "ranks that compute no batch: help lets their CPUs compute a part of another rank's experts, so that a lone "
-        "prompt takes less time, with the same answers; rest leaves them idle",
+        "ranks that compute no batch, where each has CPUs of its own and our C kernels serve: help lets them compute a "
+        "part of another rank's experts and attention, so that a lone prompt takes less time, with the same answers; "
+        "rest leaves them idle",
         choices=("help", "rest"),
         only=("memory",),
     )

@@ -64,7 +64,7 @@ def map_segment(path: str, nbytes: int, *, writable: bool) -> mmap.mmap:
     """Maps a segment of `OwnedSegment` into this process; the mapping outlives the descriptor.
 
     Raises:
-        OSError: the launcher is gone, or it runs as another user.
+        OSError: the process that made it is gone, or it runs as another user.
     """
     fd = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
     try:

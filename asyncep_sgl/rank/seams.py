@@ -99,7 +99,7 @@ def _around_event_loop(original: Callable[..., None], *args: Any, **kwargs: Any)
 
 
 def _before_batch(scheduler: Any, batch: Any, *_: Any, **__: Any) -> None:
-    """The router learns what a rank would have died of."""
+    """The strategy learns that a batch begins, and the router what a rank would have died of."""
     if (strategy := current.rank()) is not None:
         strategy.batch_begins()
     if _reporter is not None:

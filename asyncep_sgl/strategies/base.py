@@ -219,14 +219,20 @@ class ExpertLayer:
 
 
 class Attention(NamedTuple):
-    """A layer's attention on a CPU: the arguments of `asyncep_kernels.attention.cpu.attention`."""
+    """A layer's attention on a CPU: arguments of `asyncep_kernels.attention.cpu.attention`."""
 
     q: torch.Tensor
+    """``(T, Hq, D)``."""
     k_cache: torch.Tensor
+    """``(slots, Hkv, D)``, the new tokens' keys in it."""
     v_cache: torch.Tensor
+    """``(slots, Hkv, Dv)``, likewise."""
     plan: Plan
+    """Of the batch."""
     scale: float
+    """Of the scores."""
     out: torch.Tensor
+    """``(T, Hq, Dv)``, to be written."""
 
 
 class RankStrategy:

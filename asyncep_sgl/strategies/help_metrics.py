@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 from asyncep_sgl.experts.store.messages import Status
 
 _COUNTERS = (
-    ("blocks", "asyncep_help_offered_blocks", "blocks of expert rows that a rank offered to idle ranks"),
+    ("blocks", "asyncep_help_offered_blocks", "blocks of experts and attention that a rank offered to idle ranks"),
     ("helped", "asyncep_help_helped_blocks", "of these, computed by other ranks"),
     ("left", "asyncep_help_left_offers", "offers whose helper did not come out in time"),
 )

@@ -1,10 +1,11 @@
-"""A rank of several that read one memory of experts: idle ranks compute a part of a busy one's experts."""
+"""A rank of several that read one memory of experts: idle ranks compute a part of a busy one's layers."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import torch
 
 from asyncep_kernels.help.visits import Weights
 from asyncep_kernels.moe.table import ExpertTable
@@ -12,9 +13,6 @@ from asyncep_sgl.experts.help.helper import Helper
 from asyncep_sgl.experts.help.offering import Offering, join_board
 from asyncep_sgl.experts.store.messages import Done, HelpReport
 from asyncep_sgl.strategies.base import Attention, ExpertLayer, RankPlace, RankStrategy, TopK
-
-if TYPE_CHECKING:
-    import torch
 
 _REPORT_SECONDS = 1.0
 
@@ -33,13 +31,15 @@ class HelpedRank(RankStrategy):
         self._report_at = 0.0
 
     def loaded(self) -> None:
-        """Every rank's experts are in memory, and read-only: from now on this rank helps."""
+        """Every rank's experts are in memory, and read-only: from now on this rank helps, if they are in bf16."""
         super().loaded()
         experts = self.place.experts
         tables = {}
         for layer in experts.layouts:
             parameters = experts.parameters(layer)
             tables[layer] = ExpertTable(parameters["w13_weight"].data, parameters["w2_weight"].data)
+        if any(table.w13[0].dtype != torch.bfloat16 for table in tables.values()):
+            return
         self._helper = Helper(self._offering.board, Weights(tables))
         self._helper.start()
         self._report()
@@ -66,6 +66,8 @@ class HelpedRank(RankStrategy):
 
     def batch_done(self, passes: Sequence[tuple[int, int]], seconds: float) -> None:
         """This rank may help again. Tells the launcher, at most once a second."""
+        if self._helper is None:
+            return
         self._offering.board.idle = True
         if time.monotonic() >= self._report_at:
             self._report()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from asyncep_sgl.errors import UsageError
 from asyncep_sgl.strategies.base import Strategy
 
 if TYPE_CHECKING:
@@ -26,6 +27,16 @@ class Replicated(Strategy):
     def refuse(cls, options: ServeOptions, group: GroupConfig) -> None:
         """Everything that spreads the experts. SGLang's own operators serve as well."""
         cls._refuse_divided(options, group)
+        if options.run.idle_ranks == "rest":
+            if options.ranks == 1:
+                raise UsageError(
+                    "--asyncep-idle-ranks rest: with one rank there is none to help; leave the flag out, or give "
+                    "--dp-size 2 or more"
+                )
+            if options.run.kernels == "sglang":
+                raise UsageError(
+                    "--asyncep-idle-ranks rest: with --asyncep-kernels sglang no rank helps another; leave the flag out"
+                )
 
     def collectors(self, status: Callable[[], Status]) -> Sequence[Collector]:
         """How ranks help each other, where they may."""
@@ -50,4 +61,6 @@ class Replicated(Strategy):
     def _helps(self) -> bool:
         config = self.config
         ours = config.transport == "host" and config.settings.kernels == "ours"
-        return ours and config.ranks > 1 and config.settings.idle_ranks == "help"
+        # On a CPU that two ranks share, one's help would take from the other.
+        apart = len(set().union(*config.cpus)) == sum(map(len, config.cpus))
+        return ours and apart and config.ranks > 1 and config.settings.idle_ranks == "help"

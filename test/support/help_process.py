@@ -1,4 +1,4 @@
-"""A rank that is idle and helps: ``help_process.py BOARD RANKS RANK EXPERTS WIDTH INTER``.
+"""A rank that is idle and helps: ``help_process.py BOARD RANKS RANK THREADS EXPERTS WIDTH INTER``.
 
 See test_helping_processes.
 """
@@ -24,8 +24,8 @@ def table(experts: int, width: int, inter: int) -> ExpertTable:
 
 
 def main() -> None:
-    board, (ranks, rank, *shape) = sys.argv[1], map(int, sys.argv[2:])
-    torch.set_num_threads(1)
+    board, (ranks, rank, threads, *shape) = sys.argv[1], map(int, sys.argv[2:])
+    torch.set_num_threads(threads)
     helper = Helper(join_board(board, ranks, rank), Weights({0: table(*shape)}))
     helper.start()
     print("helps", flush=True)

@@ -1,1 +1,1 @@
-"""Idle ranks of a host compute blocks of experts of a rank that is not."""
+"""Idle ranks of a host compute blocks of the experts and the attention of a rank that is not."""

@@ -14,6 +14,9 @@ from asyncep_kernels.help.board import Board
 from asyncep_kernels.help.visits import Visits, Weights, ring
 from asyncep_sgl.process.segment import map_segment, segment_path
 
+# Of the memory of a rank's offers, with the rank's number behind it.
+SEGMENT = "help"
+
 
 class Helper:
     """Threads, as many as the rank computes with, that sleep until another rank offers a layer while this one is idle.
@@ -47,14 +50,17 @@ class Helper:
 
     def _serve(self, visits: Visits) -> None:
         while (rank := visits.help(self._stop)) >= 0:
-            lies = self._board.lies(rank)
+            place = self._board.offer_place(rank)
             memory = None
             # The rank may be gone, and another come in its place: then it has another generation.
             with contextlib.suppress(OSError, ValueError):
-                memory = _mapped(segment_path(lies.pid, lies.descriptor))
-            if self._board.lies(rank) == lies:
-                visits.map(rank, lies.generation, memory)
+                memory = _mapped(segment_path(place.pid, place.descriptor), rank)
+            if self._board.offer_place(rank) == place:
+                visits.map(rank, place.generation, memory)
 
 
-def _mapped(path: str) -> mmap.mmap:
+def _mapped(path: str, rank: int) -> mmap.mmap | None:
+    """A rank's offers; None if another process has the number of one that is gone."""
+    if not os.readlink(path).startswith(f"/memfd:asyncep-{SEGMENT}-{rank} "):
+        return None
     return map_segment(path, os.stat(path).st_size, writable=True)

@@ -216,7 +216,7 @@ class HelpReport(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """How idle ranks of this host have helped a rank.
 
     Attributes:
-        blocks: of expert rows that the rank offered, whoever computed them.
+        blocks: of experts and attention that the rank offered, whoever computed them.
         helped: of these, computed by other ranks.
         left: offers whose helper did not come out in time; the rank computed its blocks.
     """

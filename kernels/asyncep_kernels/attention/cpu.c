@@ -2,16 +2,19 @@
 //
 // Scores are computed transposed, keys down and queries across, so that a softmax is sums of whole registers. The
 // query heads of a key head are folded into a panel's columns: keys and values are packed once for all of them, and
-// once for all sequences of a group that share a prefix.
-#include "blocks.h"
+// once for all sequences of a group that share a prefix. A long sequence is cut into ranges of tokens, which several
+// threads compute; each packs the keys that it sees.
+#include "layer_kernels.h"
 #include "product.h"
 #include "scratch.h"
 
 // Keys whose scores are computed at once, and panels of queries that use them while they are in the L1 cache.
 #define KEYS 128
 #define PANELS 4
-// New tokens of a sequence in one block of work: a multiple of what PANELS panels hold, so that panels are the same.
-#define TOKENS 256
+// Columns (queries times folded heads) that a block of work has at least, where a sequence is cut: packing the keys
+// anew costs a few percent of computing so many. A multiple of what PANELS panels hold, so that panels are the same.
+#define COLUMNS 1024
+#define LEAST_TOKENS 256
 
 // Keys of one head, ready for products.
 struct keys {
@@ -208,17 +211,24 @@ static void attend_sequence(
     }
 }
 
-// Parts into which a group's queries are cut. Sequences that share a prefix stay together: it is packed once for all.
-static int64_t parts(const struct batch* batch, int64_t group) {
-    int64_t first = batch->members[group];
-    if (batch->members[group + 1] - first != 1) return 1;
-    return batch->new_tokens[first] > TOKENS ? (batch->new_tokens[first] + TOKENS - 1) / TOKENS : 1;
+// New tokens of a sequence in one block.
+static int64_t tokens_of_block(int64_t heads, int64_t kv_heads) {
+    int64_t tokens = LEAST_TOKENS, folds = heads / kv_heads;
+    while (tokens * folds < COLUMNS) tokens *= 2;
+    return tokens;
 }
 
-// How many blocks of work a layer has: one for each group, part of it and key head.
-int64_t asyncep_attention_blocks(const struct batch* batch, int64_t kv_heads) {
-    int64_t blocks = 0;
-    for (int64_t group = 0; group < batch->groups; group++) blocks += parts(batch, group) * kv_heads;
+// Ranges of tokens that a group is cut into. Sequences that share a prefix stay together: it is packed once for all.
+static int64_t ranges_of(const struct batch* batch, int64_t group, int64_t tokens) {
+    int64_t first = batch->members[group], new_tokens = batch->new_tokens[first];
+    if (batch->members[group + 1] - first != 1 || new_tokens <= tokens) return 1;
+    return (new_tokens + tokens - 1) / tokens;
+}
+
+// How many blocks of work a layer has: one for each group, range of it and key head.
+int64_t asyncep_attention_blocks(const struct batch* batch, int64_t heads, int64_t kv_heads) {
+    int64_t blocks = 0, tokens = tokens_of_block(heads, kv_heads);
+    for (int64_t group = 0; group < batch->groups; group++) blocks += ranges_of(batch, group, tokens) * kv_heads;
     return blocks;
 }
 
@@ -231,17 +241,18 @@ int asyncep_attention(const struct layer* layer, const struct batch* batch, cons
     if (!memory) return -1;
     product_begin();
     int result = 0;
-    int64_t count = asyncep_attention_blocks(batch, layer->kv_heads), block;
+    int64_t most = tokens_of_block(layer->heads, layer->kv_heads), block;
+    int64_t count = asyncep_attention_blocks(batch, layer->heads, layer->kv_heads);
     int64_t seen = 0, group = 0;  // blocks of the groups before `group`
     while (!result && (block = begin_block(blocks, count)) >= 0) {
         for (;; group++) {
-            int64_t of_group = parts(batch, group) * layer->kv_heads;
+            int64_t of_group = ranges_of(batch, group, most) * layer->kv_heads;
             if (block < seen + of_group) break;
             seen += of_group;
         }
-        int64_t head = (block - seen) % layer->kv_heads;
-        // The last part first: it sees the most keys.
-        int64_t part = parts(batch, group) - 1 - (block - seen) / layer->kv_heads;
+        int64_t head = (block - seen) % layer->kv_heads, cut = ranges_of(batch, group, most);
+        // The last range first: it sees the most keys.
+        int64_t begin = (cut - 1 - (block - seen) / layer->kv_heads) * most;
         struct keys ranges[2];
         int64_t shared = batch->shared[group], first = batch->members[group];
         int known = 0;
@@ -251,8 +262,8 @@ int asyncep_attention(const struct layer* layer, const struct batch* batch, cons
             else ranges[known++] = pack_keys(layer, head, batch->slots + batch->slot_start[first], shared, 0, to);
         }
         for (int64_t s = first; s < batch->members[group + 1] && !result; s++) {
-            int64_t begin = part * TOKENS, tokens = batch->new_tokens[s] - begin;
-            if (parts(batch, group) > 1 && tokens > TOKENS) tokens = TOKENS;
+            int64_t tokens = batch->new_tokens[s] - begin;
+            if (cut > 1 && tokens > most) tokens = most;
             if (!tokens) continue;
             int64_t keys = batch->prefix[s] + begin + tokens - shared;
             void* to = scratch_take(&own, keys_bytes(layer, keys));

@@ -13,7 +13,7 @@ from asyncep_kernels.native.library import library, share
 
 
 class _CLayer(ctypes.Structure):
-    """``struct layer`` of cpu.c."""
+    """``struct layer`` of layer_kernels.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out")),
@@ -24,7 +24,7 @@ class _CLayer(ctypes.Structure):
 
 
 class _CBatch(ctypes.Structure):
-    """``struct batch`` of cpu.c."""
+    """``struct batch`` of layer_kernels.h."""
 
     _fields_ = (
         ("groups", ctypes.c_int64),

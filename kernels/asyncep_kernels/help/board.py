@@ -24,8 +24,8 @@ class _Place(ctypes.Structure):
     )
 
 
-class Lies(NamedTuple):
-    """Which memory a rank's offers lie in: descriptor ``descriptor`` of process ``pid``, the rank's n-th."""
+class OfferPlace(NamedTuple):
+    """Where a rank's offers lie: descriptor ``descriptor`` of process ``pid``, the rank's n-th."""
 
     pid: int
     descriptor: int
@@ -65,10 +65,16 @@ class Board:
         """Whether another rank could help."""
         return any(place.idle for rank, place in enumerate(self._places) if rank != self.rank)
 
-    def lies(self, rank: int) -> Lies:
-        """The memory of a rank's offers; generation 0 if it has none."""
+    def offer_place(self, rank: int) -> OfferPlace:
+        """Where a rank's offers lie; generation 0 if it has made none."""
         place = self._places[rank]
-        return Lies(place.pid, place.descriptor, place.generation)
+        return OfferPlace(place.pid, place.descriptor, place.generation)
+
+    def leave(self) -> None:
+        """This rank neither helps nor offers anything; one that died may have left that open."""
+        place = self._places[self.rank]
+        place.offered = 0
+        place.idle = 0
 
     def publish(self, pid: int, descriptor: int) -> None:
         """This rank's offers lie in another memory from now on."""

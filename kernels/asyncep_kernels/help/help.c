@@ -4,14 +4,15 @@
 // A rank offers a layer: it writes what is to be computed into memory that the others map, rings, and takes blocks.
 // A helper that wakes takes blocks too. When no block is left, the rank closes the offer and waits for helpers that are
 // still inside. It does not wait for long: a helper may have been killed or stopped. The rank then computes the missing
-// blocks itself, with the same bits, and never uses that memory again, so that whoever wakes in it does no harm.
+// blocks itself, by a counter of its own, with the same bits. It never uses that memory again, so that whoever wakes in
+// it does no harm.
 #include <limits.h>
 #include <linux/futex.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
-#include "blocks.h"
+#include "layer_kernels.h"
 
 #define HELPER 2
 
@@ -99,10 +100,12 @@ static int compute_attention(const struct offer* offer, const char* memory, cons
 
 // Computes blocks of an offer until none is left.
 //   w13, w2: an address per expert of the layer, all of them; not read for attention
+//   next: a counter of blocks begun; NULL for the one that the rank and its helpers share
 int asyncep_help_compute(
-    struct offer* offer, const bf16* const* w13, const bf16* const* w2, int64_t who, const int32_t* idle) {
+    struct offer* offer, const bf16* const* w13, const bf16* const* w2, int64_t* next, int64_t who,
+    const int32_t* idle) {
     char* memory = (char*)offer;
-    struct blocks blocks = {&offer->next, (uint8_t*)memory + offer->done, (uint8_t)who, idle};
+    struct blocks blocks = {next ? next : &offer->next, (uint8_t*)memory + offer->done, (uint8_t)who, idle};
     if (offer->kind == ATTENTION) return compute_attention(offer, memory, &blocks);
     return compute_experts(offer, memory, w13, w2, &blocks);
 }
@@ -130,7 +133,7 @@ static void help(
         int64_t layer = offer->layer;
         int known = layer >= 0 && layer < layers && w13[layer];
         if (known || offer->kind == ATTENTION)
-            asyncep_help_compute(offer, known ? w13[layer] : NULL, known ? w2[layer] : NULL, HELPER, idle);
+            asyncep_help_compute(offer, known ? w13[layer] : NULL, known ? w2[layer] : NULL, NULL, HELPER, idle);
     }
     if (__atomic_sub_fetch(&offer->inside, 1, __ATOMIC_SEQ_CST) == 0) wake_all(&offer->inside);
 }

@@ -122,6 +122,12 @@ class Offer:
     ) -> Done:
         """`asyncep_kernels.attention.cpu_native.attention`, with whoever helps.
 
+        Args:
+            q: ``(T, Hq, D)`` bf16.
+            k_cache, v_cache: ``(slots, Hkv, D)`` and ``(slots, Hkv, Dv)`` bf16.
+            plan, scale, window: as there.
+            out: ``(T, Hq, Dv)`` bf16, written.
+
         Raises:
             MemoryError: no scratch memory.
         """
@@ -135,21 +141,15 @@ class Offer:
         header.groups = plan.batch.groups
         # The cache is the rank's own: its rows travel, in the order of the batch.
         *lengths, slots = plan.tensors
-        members, shared, query, new_tokens, prefix, slot_start = lengths
-        end = self._write(
-            members=members,
-            shared=shared,
-            query=query,
-            new_tokens=new_tokens,
-            prefix=prefix,
-            slot_start=slot_start,
-            slots=torch.arange(len(slots)),
-            q=q,
-            k=k_cache.index_select(0, slots),
-            v=v_cache.index_select(0, slots),
-        )
+        names = ("members", "shared", "query", "new_tokens", "prefix", "slot_start")
+        end = self._write(**dict(zip(names, lengths, strict=True)), slots=torch.arange(len(slots)), q=q)
+        for name, cache in (("k", k_cache), ("v", v_cache)):
+            setattr(header, name, end)
+            rows = self._tensor(end, (len(slots), *cache.shape[1:]), cache.dtype)
+            torch.index_select(cache, 0, slots, out=rows)
+            end += _lines(2 * rows.numel())
         header.out, header.done = end, end + _lines(2 * out.numel())
-        blocks = needed().asyncep_attention_blocks(ctypes.byref(plan.batch), header.kv_heads)
+        blocks = needed().asyncep_attention_blocks(ctypes.byref(plan.batch), header.heads, header.kv_heads)
         done = self._compute(blocks, None, None)
         out.copy_(self._tensor(header.out, out.shape, out.dtype))
         return done
@@ -161,20 +161,22 @@ class Offer:
         header.blocks = blocks
         done = self._tensor(header.done, (blocks,), torch.uint8).zero_()
 
-        def compute() -> int:
-            return int(kernels.asyncep_help_compute(self._address, w13, w2, OWNER, None))
+        def compute(begun: c_int64 | None) -> int:
+            counter = None if begun is None else ctypes.addressof(begun)
+            return int(kernels.asyncep_help_compute(self._address, w13, w2, counter, OWNER, None))
 
         since = time.monotonic()
         kernels.asyncep_help_open(board.address, board.rank, self._address)
         try:
-            on_threads(compute)
+            on_threads(lambda: compute(None))
         finally:
             patience = max(LEAST_PATIENCE, PATIENCE * (time.monotonic() - since))
             left = kernels.asyncep_help_close(board.address, board.rank, self._address, int(patience * 1e9))
         if not bool(done.all()):
-            # Begun by a helper that is gone, or had no memory.
-            header.next = 0
-            on_threads(compute)
+            # Begun by a helper that is gone, or had no memory. The common counter is not set back: a helper that is
+            # still inside would take blocks from it.
+            begun = c_int64(0)
+            on_threads(lambda: compute(begun))
         return Done(blocks, int((done == HELPER).sum()), left=bool(left))
 
     def _write(self, **tensors: torch.Tensor) -> int:
@@ -196,6 +198,7 @@ def expert_bytes(tokens: int, k: int, experts: int, width: int) -> int:
     """Memory for an offer of so many tokens' rows at most.
 
     Args:
+        tokens: T.
         k: experts of a token.
         experts: of a layer, E.
         width: H.

@@ -2,7 +2,7 @@
 //
 // Weights are read where they lie. A block of an expert's tokens is packed as it is gathered, its gated product stays
 // packed for the second GEMM, and only the experts' outputs (bf16) leave the L2 cache, to be summed per token.
-#include "blocks.h"
+#include "layer_kernels.h"
 #include "product.h"
 #include "scratch.h"
 

@@ -25,7 +25,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     ),
     "asyncep_help_ring": (None, (c_void_p,)),
     "asyncep_help_open": (None, (c_void_p, c_int64, c_void_p)),
-    "asyncep_help_compute": (c_int, (c_void_p, c_void_p, c_void_p, c_int64, c_void_p)),
+    "asyncep_help_compute": (c_int, (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p)),
     "asyncep_help_close": (c_int64, (c_void_p, c_int64, c_void_p, c_int64)),
     "asyncep_help_others": (
         c_int64,
@@ -35,7 +35,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         None,
         (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64),
     ),
-    "asyncep_attention_blocks": (c_int64, (c_void_p, c_int64)),
+    "asyncep_attention_blocks": (c_int64, (c_void_p, c_int64, c_int64)),
     "asyncep_attention": (c_int, (c_void_p, c_void_p, c_void_p)),
     "asyncep_rms_norm": (
         c_int,

@@ -30,7 +30,7 @@ H100 = Gpu("NVIDIA H100", (9, 0), 80 << 30)
 
 # What makes a command line one of its mode.
 MODE_FLAGS: dict[Mode, list[str]] = {
-    "memory": ["--device", "cpu"],
+    "memory": ["--device", "cpu", "--dp-size", "2"],
     "hosts": ["--device", "cpu", "--nnodes", "2", "--dist-init-addr", "host:1", "--dp-size", "2"],
     "disk": ["--device", "cpu", "--asyncep-expert-memory", "1"],
     "gpu": ["--device", "cuda", "--asyncep-transport", "cuda"],

@@ -18,8 +18,10 @@ import torch
 from asyncep_kernels.attention import cpu as attention
 from asyncep_kernels.attention.batch import Batch
 from asyncep_kernels.attention.plan import Plan, plan
+from asyncep_kernels.help import offer
 from asyncep_kernels.help.board import board_bytes
 from asyncep_kernels.moe import cpu, cpu_native
+from asyncep_sgl.experts.help import helper as helper_module
 from asyncep_sgl.experts.help import offering
 from asyncep_sgl.experts.help.offering import Offering, join_board
 from asyncep_sgl.process.segment import OwnedSegment
@@ -44,10 +46,10 @@ class Stand:
         self.alone = cpu.moe(self.hidden, self.ids, self.weights, self.table)
         self.offering = Offering(join_board(self._page.path, 2, 0))
 
-    def start(self) -> subprocess.Popen[str]:
-        """Another helper, in the place of the one before."""
+    def start(self, threads: int = 1) -> subprocess.Popen[str]:
+        """Another rank that helps, in the place of the one before."""
         script = Path(help_process.__file__)
-        words = [sys.executable, str(script), self._page.path, "2", "1", *map(str, SHAPE)]
+        words = [sys.executable, str(script), self._page.path, "2", "1", str(threads), *map(str, SHAPE)]
         helper = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._helpers.append(helper)
         assert helper.stdout is not None
@@ -89,14 +91,22 @@ class Stand:
 
 
 @pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A helper is waited for, however busy the machine is."""
+    monkeypatch.setattr(offer, "LEAST_PATIENCE", 60.0)
+
+
+@pytest.fixture
 def stand() -> Iterator[Stand]:
     made = Stand()
     yield made
     made.close()
 
 
-def test_another_process_helps_and_leaves(stand: Stand) -> None:
-    helper = stand.start()
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_another_process_helps_and_leaves(stand: Stand, threads: int) -> None:
+    helper = stand.start(threads)
     stand.helped()
     helper.communicate("")
     assert helper.returncode == 0
@@ -130,12 +140,45 @@ def test_a_helper_goes_in_the_middle_of_a_block(stand: Stand, how: signal.Signal
     stand.helped()
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_large_batch_is_offered_in_pieces(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offering, "PIECE_TOKENS", 96)
     stand.start()
     stand.helped()
+    whole = stand.offering.counts.blocks
+    stand.ask()
+    whole = stand.offering.counts.blocks - whole
+    monkeypatch.setattr(offering, "PIECE_TOKENS", 96)
+    stand.helped()
+    cut = stand.offering.counts.blocks
+    stand.ask()
+    assert stand.offering.counts.blocks - cut > whole
 
 
+def test_without_memory_for_an_offer_a_rank_computes_alone(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand.start()
+
+    def none_left(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(offering, "OwnedSegment", none_left)
+    assert stand.offering.moe(0, stand.hidden, stand.ids, stand.weights, stand.table) is None
+    monkeypatch.undo()
+    # Once is enough: it would be said again with each layer.
+    assert stand.offering.moe(0, stand.hidden, stand.ids, stand.weights, stand.table) is None
+
+
+def test_memory_of_another_process_is_not_mapped() -> None:
+    """A rank is gone and its number is another process' now."""
+    foreign = OwnedSegment("keys", 4096)
+    assert helper_module._mapped(foreign.path, 0) is None
+    own = OwnedSegment(f"{helper_module.SEGMENT}-0", 4096)
+    assert helper_module._mapped(own.path, 1) is None
+    mapped = helper_module._mapped(own.path, 0)
+    assert mapped is not None
+    assert len(mapped) == 4096
+
+
+@pytest.mark.usefixtures("patient")
 def test_what_is_too_large_is_computed_alone_or_in_smaller_pieces(
     stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,7 +189,8 @@ def test_what_is_too_large_is_computed_alone_or_in_smaller_pieces(
     assert stand.attend(q, cache, made) is None
 
 
-def test_attention_is_helped_too(stand: Stand) -> None:
+@pytest.mark.usefixtures("patient")
+def test_attention_is_helped_too(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     stand.start()
     q, cache, made, alone = stand.attention()
     deadline = time.monotonic() + 30
@@ -155,5 +199,9 @@ def test_attention_is_helped_too(stand: Stand) -> None:
         found = stand.attend(q, cache, made)
         assert found is not None
         assert torch.equal(found, alone)
-    # One token of it is not worth a ring.
+    # One token of it is not worth a ring, nor are a few new ones after many.
+    few = Batch([19], [3000], [torch.zeros(3019, dtype=torch.int64)])
+    assert stand.attend(q[:19], cache, plan(few)) is None
+    monkeypatch.setattr(offering, "LEAST_FLOPS_A_BYTE", 30)
+    assert stand.attend(q[:19], cache, plan(few)) is not None
     assert stand.attend(q[:1], cache, plan(Batch([1], [0], [torch.tensor([3])]))) is None

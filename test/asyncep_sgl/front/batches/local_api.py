@@ -131,3 +131,16 @@ async def api(
             yield Api(client, batches, folder, seen)
     finally:
         await batches.close()
+
+
+Test = Callable[[Api], Awaitable[None]]
+
+
+def on(folder: Path, test: Test, **options: Any) -> None:
+    """Runs a test on an application of its own; options as for `api`."""
+
+    async def run() -> None:
+        async with api(folder, **options) as client:
+            await test(client)
+
+    asyncio.run(run())

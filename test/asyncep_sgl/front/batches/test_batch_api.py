@@ -1,22 +1,17 @@
-"""The Batch API over HTTP: whose files and batches, how many, odd requests, and inputs that are no longer there."""
+"""The Batch API over HTTP: whose files and batches, and how many."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import httpx
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from local_api import Api, api, rows, twice
+from local_api import Api, on, rows, twice
 from starlette.applications import Starlette
 
 from asyncep_router.keys import Caller
@@ -25,31 +20,6 @@ from asyncep_sgl.front.batches.bounds import Bounds
 from asyncep_sgl.front.batches.store import open_store
 
 BOSS = {"boss": Caller("boss", admin=True)}
-Test = Callable[[Api], Awaitable[None]]
-
-
-def on(folder: Path, test: Test, **options: Any) -> None:
-    async def run() -> None:
-        async with api(folder, **options) as client:
-            await test(client)
-
-    asyncio.run(run())
-
-
-Shared = Callable[[Test], None]
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
-    """Runs many small tests on one application."""
-    with asyncio.Runner() as runner:
-        stack = AsyncExitStack()
-        client = runner.run(stack.enter_async_context(api(tmp_path_factory.mktemp("shared"))))
-        yield lambda test: runner.run(test(client))
-        runner.run(stack.aclose())
-
-
-# --- owners ------------------------------------------------------------------------------------------------------
 
 
 def test_others_see_nothing_and_the_administrator_sees_all(tmp_path: Path) -> None:
@@ -199,9 +169,6 @@ def test_a_servers_end_is_complete_when_it_is_said_to_be(tmp_path: Path) -> None
     asyncio.run(run())
 
 
-# --- bounds ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("declared", [True, False], ids=["content-length", "chunked"])
 @pytest.mark.parametrize(
     ("callers", "bounds", "word"),
@@ -340,277 +307,3 @@ def test_ended_batches_are_forgotten(tmp_path: Path) -> None:
         now = value
 
     on(tmp_path, test, bounds=Bounds(file_days=1))
-
-
-# --- inputs that are gone -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("how", ["vanished", "truncated", "grown", "a folder", "its record gone"])
-def test_an_input_that_is_gone_fails_its_batch(tmp_path: Path, how: str) -> None:
-    async def test(client: Api) -> None:
-        file = (await client.upload(rows(5))).json()["id"]
-        await spoil(tmp_path, file, how)
-        order = {"input_file_id": file, "endpoint": "/v1/score", "completion_window": "24h"}
-        answer = await client.call("POST", "/v1/batches", json=order)
-        if how == "its record gone":
-            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input_file_id")
-            return
-        batch = await client.until(answer.json()["id"])
-        assert batch["status"] == "failed"
-        [error] = batch["errors"]["data"]
-        assert error["code"] == "input_file_unreadable"
-        assert str(tmp_path) not in error["message"]
-        answer = await client.call("GET", f"/v1/files/{file}/content")
-        assert answer.status_code == (200 if how in ("truncated", "grown") else 410)
-
-    on(tmp_path, test)
-
-
-@pytest.mark.parametrize("how", ["vanished", "truncated", "overwritten"])
-def test_an_input_that_goes_while_it_is_worked_on(tmp_path: Path, how: str) -> None:
-    """What was answered is kept; the rest is in the error file, with the reason."""
-    hang = asyncio.Event()
-
-    async def some(body: dict[str, Any]) -> tuple[int, Any]:
-        if body["row"] >= 50:
-            await hang.wait()
-        return await twice(body)
-
-    async def first() -> dict[str, Any]:
-        async with api(tmp_path, answer=some) as client:
-            batch = await client.order(rows(500))
-            await client.until(batch["id"], found=lambda b: b["request_counts"]["completed"] >= 50)
-            if how != "vanished":
-                await spoil(tmp_path, batch["input_file_id"], how)
-                hang.set()
-                return await client.until(batch["id"])
-            return batch
-
-    batch = asyncio.run(first())
-
-    async def test(client: Api) -> None:
-        if how == "vanished":
-            # An open file does not vanish: it is found gone by the next server.
-            await spoil(tmp_path, batch["input_file_id"], how)
-        done = await client.until(batch["id"])
-        assert done["status"] == "failed"
-        assert "can" in done["errors"]["data"][0]["message"]
-        assert "read" in done["errors"]["data"][0]["message"]
-        good = await client.lines(done["output_file_id"])
-        bad = await client.lines(done["error_file_id"])
-        assert len(good) >= 50
-        assert sorted(line["custom_id"] for line in good + bad) == sorted(f"#{i}" for i in range(500))
-        assert {line["error"]["code"] for line in bad} == {"batch_failed"}
-
-    if how == "vanished":
-        (tmp_path / "files" / batch["input_file_id"]).rename(tmp_path / "aside")
-    on(tmp_path, test)
-
-
-async def spoil(folder: Path, file: str, how: str) -> None:
-    path = folder / "files" / file
-    if how in ("vanished", "a folder"):
-        path.unlink(missing_ok=True)
-        if how == "a folder":
-            path.mkdir()
-    elif how == "truncated":
-        with path.open("r+b") as out:
-            out.truncate(path.stat().st_size // 2)
-    elif how == "grown":
-        with path.open("ab") as out:
-            out.write(b"{}\n")
-    elif how == "overwritten":
-        with path.open("r+b") as out:
-            out.write(bytes(path.stat().st_size))
-    else:
-        state = sqlite3.connect(folder / "state.sqlite")
-        state.execute("DELETE FROM files")
-        state.commit()
-        state.close()
-
-
-def test_a_finished_batch_needs_its_input_no_more(tmp_path: Path) -> None:
-    async def run() -> None:
-        async with api(tmp_path) as client:
-            batch = await client.order(rows(10))
-            await client.until(batch["id"])
-        state = sqlite3.connect(tmp_path / "state.sqlite")
-        # As an end during the writing of its files leaves it.
-        state.execute("UPDATE batches SET status = 'finalizing', output_file = NULL")
-        state.execute("DELETE FROM files WHERE purpose = 'batch_output'")
-        state.commit()
-        state.close()
-        (tmp_path / "files" / batch["input_file_id"]).unlink()
-        async with api(tmp_path) as client:
-            assert (await client.until(batch["id"]))["status"] == "completed"
-
-    asyncio.run(run())
-
-
-@pytest.mark.parametrize("at", ["start", "middle"])
-def test_a_damaged_database_is_named(tmp_path: Path, at: str) -> None:
-    async def run() -> None:
-        async with api(tmp_path) as client:
-            for _ in range(30):
-                await client.upload(rows(1))
-        state = tmp_path / "state.sqlite"
-        content = bytearray(state.read_bytes())
-        begin = 0 if at == "start" else 4096
-        content[begin:] = b"\xa5" * (len(content) - begin)
-        state.write_bytes(content)
-        async with api(tmp_path) as client:
-            answer = await client.call("GET", "/v1/files")
-            assert answer.status_code == 503, answer.text
-            assert "state.sqlite" in answer.json()["error"]["message"]
-            assert "damaged" in answer.json()["error"]["message"]
-            assert str(tmp_path) not in answer.text
-
-    asyncio.run(run())
-
-
-# --- odd requests -------------------------------------------------------------------------------------------------
-
-ODD = st.one_of(
-    st.text(max_size=40),
-    st.sampled_from(["9" * 5000, "-1", "0", "1.0", "²", "٣", "1e9", "\0", "a\nb", "%00", "'; DROP TABLE files; --"]),
-)
-VALUE = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=8,
-)
-
-
-@settings(max_examples=150, deadline=None)
-@given(queries=st.lists(st.tuples(st.sampled_from(["after", "limit", "order", "purpose"]), ODD), max_size=4), path=ODD)
-@example(queries=[("limit", "9" * 5000)], path="x")
-@example(queries=[("after", "\0")], path="..")
-def test_no_query_is_a_server_error(shared: Shared, queries: list[tuple[str, str]], path: str) -> None:
-    async def test(client: Api) -> None:
-        for kind in ("files", "batches"):
-            answer = await client.call("GET", f"/v1/{kind}", params=queries)
-            assert answer.status_code < 500, answer.text
-            for method, end in (("GET", ""), ("DELETE", ""), ("GET", "/content"), ("POST", "/cancel")):
-                name = quote(path, safe="") or "-"
-                answer = await client.call(method, f"/v1/{kind}/{name}{end}")
-                assert 400 <= answer.status_code < 500, answer.text
-
-    shared(test)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.dictionaries(
-        st.sampled_from(["input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after"])
-        | st.text(max_size=10),
-        VALUE,
-        max_size=6,
-    )
-)
-def test_no_order_is_a_server_error(shared: Shared, change: dict[str, Any]) -> None:
-    async def test(client: Api) -> None:
-        order = {"input_file_id": "file-x", "endpoint": "/v1/score", "completion_window": "24h", **change}
-        answer = await client.call("POST", "/v1/batches", json=order)
-        assert 400 <= answer.status_code < 500, answer.text
-        assert answer.json()["error"]["message"]
-
-    shared(test)
-
-
-@pytest.mark.parametrize(
-    "body",
-    [b"", b"{", b"[]", b'"x"', b"7", b"\xff", b'{"input_file_id": "\\ud800"}', b"[" * 5000, b"x" * (2 << 20)],
-    ids=lambda body: str(body[:12]),
-)
-def test_no_body_is_a_server_error(shared: Shared, body: bytes) -> None:
-    async def test(client: Api) -> None:
-        answer = await client.call("POST", "/v1/batches", content=body)
-        assert 400 <= answer.status_code < 500, answer.text
-
-    shared(test)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.binary(max_size=60).filter(lambda name: not set(name) & set(b'"\\\r\n')))
-@example('ü"\\'.encode().replace(b'"', b"").replace(b"\\", b""))
-@example(b"\xff\xfe")
-@example(b"../../etc/passwd")
-@example(b"a; filename=b")
-def test_files_of_any_name(shared: Shared, name: bytes) -> None:
-    async def test(client: Api) -> None:
-        body = (
-            b'--b\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
-            b'--b\r\ncontent-disposition: form-data; name="file"; filename="' + name + b'"\r\n\r\nxyz\r\n--b--\r\n'
-        )
-        headers = {"content-type": "multipart/form-data; boundary=b"}
-        answer = await client.client.post("/v1/files", content=body, headers=headers)
-        assert answer.status_code in (200, 400), answer.text
-        if answer.status_code == 200:
-            file = answer.json()["id"]
-            content = await client.call("GET", f"/v1/files/{file}/content")
-            assert (content.status_code, content.content) == (200, b"xyz")
-            assert (await client.call("GET", "/v1/files")).json()["data"][0]["filename"] == answer.json()["filename"]
-
-    shared(test)
-
-
-@pytest.mark.parametrize(
-    ("content_type", "body", "status"),
-    [
-        ("application/json", b"{}", 400),
-        ("multipart/form-data", b"", 400),
-        ("multipart/form-data; boundary=" + "b" * 5000, b"", 400),
-        ("multipart/form-data; boundary=b", b"", 400),
-        ("multipart/form-data; boundary=b", b"nonsense", 400),
-        (
-            "multipart/form-data; boundary=b",
-            b'--b\r\ncontent-disposition: form-data; name="file"; filename="x"\r\n\r\nx',
-            400,
-        ),
-        ("multipart/form-data; boundary=b", b"--b\r\nno-name: 1\r\n\r\nx\r\n--b--\r\n", 400),
-        ("multipart/form-data; boundary=b", b"--b\r\n" + b"h: 1\r\n" * 1000 + b"\r\nx\r\n--b--\r\n", 400),
-        ("multipart/form-data; boundary=b", b"--b\r\nh: " + b"1" * 100_000 + b"\r\n\r\nx\r\n--b--\r\n", 400),
-        (
-            "multipart/form-data; boundary=b",
-            b'--b\r\ncontent-disposition: form-data; name="purpose"\r\n\r\n' + b"x" * 100_000 + b"\r\n--b--\r\n",
-            400,
-        ),
-        (
-            "multipart/form-data; boundary=b",
-            b'--b\r\ncontent-disposition: form-data; name="a"\r\n\r\n1\r\n' * 100 + b"--b--\r\n",
-            400,
-        ),
-        (
-            "multipart/form-data; boundary=b",
-            b'--b\r\ncontent-disposition: form-data; name="file"; filename="x"\r\n\r\n1\r\n' * 2 + b"--b--\r\n",
-            400,
-        ),
-        (
-            "multipart/form-data; boundary=b",
-            b'--b\r\ncontent-disposition: form-data; name="file"; filename="' + b"x" * 300 + b'"\r\n\r\n1\r\n--b--\r\n',
-            400,
-        ),
-    ],
-)
-def test_forms_that_are_none(shared: Shared, content_type: str, body: bytes, status: int) -> None:
-    async def test(client: Api) -> None:
-        answer = await client.client.post("/v1/files", content=body, headers={"content-type": content_type})
-        assert answer.status_code == status, answer.text
-        assert answer.json()["error"]["message"]
-        assert not [path for path in (client.folder / "files").iterdir() if path.suffix == ".tmp"]
-        ledger = client.batches._opened[0].ledger  # type: ignore[index]
-        # Nothing of it is counted.
-        files = [path.stat().st_size for path in (client.folder / "files").iterdir()]
-        assert (ledger.files.total(), ledger.used.total()) == (len(files), sum(files))
-
-    shared(test)
-
-
-def test_a_line_that_is_too_long_is_named(shared: Shared) -> None:
-    async def test(client: Api) -> None:
-        long = json.dumps({"custom_id": "x", "url": "/v1/score", "body": {"row": 1, "text": "x" * (17 << 20)}})
-        batch = await client.until((await client.order(rows(1) + long.encode() + b"\n" + rows(1, first=1)))["id"])
-        assert batch["status"] == "failed"
-        assert [(error["code"], error["line"]) for error in batch["errors"]["data"]] == [("line_too_long", 2)]
-
-    shared(test)
