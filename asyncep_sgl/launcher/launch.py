@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -74,8 +75,8 @@ def serve(options: ServeOptions, signals: StopSignals | None = None) -> int:
     check_batch_folder(options)
     # The front has them until its end; what would keep it from listening is known before anything is started.
     listeners = listening.bind(options.host, options.port)
-    with run_directory() as directory:
-        supervisor = _prepare(directory, options, model_config, group, started, cuda)
+    with run_directory() as directory, ExitStack() as memory:
+        supervisor = _prepare(directory, memory, options, model_config, group, started, cuda)
         supervisor.listeners = listeners
         supervisor.environment = {**supervisor.environment, **listening.hand_on(listeners)}
         supervisor.signals = signals or supervisor.signals
@@ -94,17 +95,21 @@ def _plan_cuda(options: ServeOptions, model_config: dict[str, Any]) -> CudaPlan:
 
 def _prepare(
     directory: Path,
+    memory: ExitStack,
     options: ServeOptions,
     model_config: dict[str, Any],
     group: GroupConfig,
     started: float,
     cuda: CudaPlan | None,
 ) -> Supervisor:
+    """The server, not started. Its processes read what ``memory`` closes."""
     on_devices = cuda is not None and cuda.transport == "cuda"
     store = StoreServer(options.ranks, options.run.store_limit, devices=on_devices, directory=directory)
     load_board = OwnedSegment("loads", mmap.PAGESIZE)
     help_board = OwnedSegment("help", board_bytes(options.ranks))
     keys = hand_on(options.keys)
+    for segment in (load_board, help_board, keys):
+        memory.callback(segment.close)
     cpus = divide_cpus(options.ranks)
     router = None
     if uses_our_router(options):

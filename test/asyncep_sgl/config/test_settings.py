@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -151,6 +152,16 @@ def test_a_default_that_is_given_is_never_refused(mode: Mode, run_of: Callable[.
         default = default_of(group, name)
         if default not in (None, False, (), "") and flag.name not in ("--nnodes", "--asyncep-transport"):
             run_of(*MODE_FLAGS[mode], flag.name, str(default))
+
+
+def test_a_server_that_has_ended_holds_no_memory(run_of: Callable[..., AsyncEPConfig]) -> None:
+    def held() -> int:
+        paths = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
+        return sum("memfd:asyncep-" in os.readlink(path) for path in paths if os.path.islink(path))
+
+    before = held()
+    run_of(*MODE_FLAGS["memory"])
+    assert held() == before
 
 
 def test_sglangs_flags_of_several_hosts_may_be_given_for_one(run_of: Callable[..., AsyncEPConfig]) -> None:
