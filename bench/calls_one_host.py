@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,8 @@ def one_host(
                 for tokens, each in found.items():
                     seconds.setdefault(name, {}).setdefault(tokens, []).extend(each)
                 answers.setdefault(name, []).extend(given)
-                say(f"  {name}: { ({tokens: [round(s * 1e3) for s in each] for tokens, each in found.items()}) } ms")
+                medians = ", ".join(f"{tokens}: {statistics.median(each) * 1e3:.0f}" for tokens, each in found.items())
+                say(f"  {name}: ms {medians}")
     return {"seconds": seconds, "answers": len(answers[HELP]), "different": _different(answers[HELP], answers[REST])}
 
 

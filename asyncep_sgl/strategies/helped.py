@@ -11,7 +11,7 @@ from asyncep_kernels.help.visits import Weights
 from asyncep_kernels.moe.table import ExpertTable
 from asyncep_sgl.experts.help.helper import Helper
 from asyncep_sgl.experts.help.offering import Offering, join_board
-from asyncep_sgl.experts.store.messages import Done, HelpReport
+from asyncep_sgl.experts.store.messages import HelpReport
 from asyncep_sgl.strategies.base import Attention, ExpertLayer, RankPlace, RankStrategy, TopK
 
 _REPORT_SECONDS = 1.0
@@ -80,4 +80,4 @@ class HelpedRank(RankStrategy):
     def _report(self) -> None:
         self._report_at = time.monotonic() + _REPORT_SECONDS
         report = HelpReport(rank=self.place.rank, **vars(self._offering.counts))
-        self.place.experts.client.ask(report, Done)
+        self.place.experts.client.tell(report)

@@ -90,10 +90,12 @@ class Offering:
         Raises:
             MemoryError: no scratch memory.
         """
+        if not self.board.others_idle():
+            return None
         rows, each = ids.numel(), experts.w13[0].numel() + experts.w2[0].numel()
         if 2 * rows * each < LEAST_FLOPS and 2 * min(rows, len(experts.w13)) * each < LEAST_BYTES:
             return None
-        if not (self.board.others_idle() and moe_native.serves(hidden, experts)) or (offer := self._memory()) is None:
+        if not moe_native.serves(hidden, experts) or (offer := self._memory()) is None:
             return None
         tokens = PIECE_TOKENS
         while expert_bytes(tokens, ids.shape[1], len(experts.w13), hidden.shape[1]) > MOST_BYTES:
@@ -137,10 +139,10 @@ class Offering:
         Raises:
             MemoryError: no scratch memory.
         """
-        products = q.shape[1] * sum(n * (p + n / 2) for n, p in zip(plan.batch.new, plan.batch.prefix, strict=True))
-        if products < LEAST_PRODUCTS or not self.board.others_idle():
+        if not self.board.others_idle():
             return False
-        if not attention_native.serves(q, k_cache, v_cache, out):
+        products = q.shape[1] * sum(n * (p + n / 2) for n, p in zip(plan.batch.new, plan.batch.prefix, strict=True))
+        if products < LEAST_PRODUCTS or not attention_native.serves(q, k_cache, v_cache, out):
             return False
         keys = sum(n + p for n, p in zip(plan.batch.new, plan.batch.prefix, strict=True))
         copied = 2 * keys * k_cache.shape[1] * (k_cache.shape[2] + v_cache.shape[2])

@@ -12,13 +12,15 @@ import zmq
 
 from asyncep_sgl.config.run import AsyncEPConfig
 from asyncep_sgl.errors import StoreError
-from asyncep_sgl.experts.store.messages import Hello, Refused, Reply, Request, Welcome
+from asyncep_sgl.experts.store.messages import Done, Hello, Refused, Reply, Report, Request, Welcome
 from asyncep_sgl.process.lifeline import die_with
 from asyncep_sgl.process.zmq_end import ends_with
 
 _Reply = TypeVar("_Reply")
 
 PATIENCE_SECONDS = 30.0
+# A rank stands still for so long where the launcher does not take a report, once.
+TELL_SECONDS = 1.0
 
 
 class StoreClient:
@@ -33,6 +35,7 @@ class StoreClient:
         self._socket.linger = 0
         self._socket.connect(address)
         self._decoder = msgspec.msgpack.Decoder(Reply)
+        self._untaken = False
 
     def ask(self, request: Request, expect: type[_Reply], patience: float | None = PATIENCE_SECONDS) -> _Reply:
         """Sends ``request`` and returns the reply, which must be an ``expect``.
@@ -61,6 +64,26 @@ class StoreClient:
             StoreError: refused.
         """
         return self._receive(expect) if self._socket.poll(0) else None
+
+    def tell(self, report: Report, patience: float = TELL_SECONDS) -> bool:
+        """Sends a report that a later one replaces: a launcher that is stopped must not keep a rank from computing.
+
+        Args:
+            patience: seconds to wait until it is taken.
+
+        Returns:
+            Whether it was sent; not while the one before is untaken.
+
+        Raises:
+            StoreError: refused.
+        """
+        if self._untaken and self.poll(Done) is None:
+            return False
+        self.post(report)
+        self._untaken = not self._socket.poll(int(patience * 1000))
+        if not self._untaken:
+            self._receive(Done)
+        return True
 
     def _receive(self, expect: type[_Reply]) -> _Reply:
         reply = self._decoder.decode(self._socket.recv())

@@ -12,7 +12,6 @@ from asyncep_sgl.errors import StoreError
 from asyncep_sgl.experts.gather.gather import Counters, ExpertGather, InParts
 from asyncep_sgl.experts.gather.log import GatherBook
 from asyncep_sgl.experts.start import start_gather
-from asyncep_sgl.experts.store.messages import Done
 from asyncep_sgl.strategies.base import ExpertLayer, RankPlace, RankStrategy, TopK
 from asyncep_sgl.strategies.layer_rows import LayerRows
 
@@ -137,4 +136,4 @@ class AsyncEPRank(RankStrategy):
         self._reported = time.monotonic()
         counters = self._told = replace(gather.counters)
         self.place.tell_threshold(book.threshold())
-        self.place.experts.client.ask(book.report(counters.digest_failures, counters.peer_losses), Done)
+        self.place.experts.client.tell(book.report(counters.digest_failures, counters.peer_losses))

@@ -24,7 +24,7 @@ from asyncep_sgl.experts.gather.pipeline import Gathered
 from asyncep_sgl.experts.group.view import ViewLine
 from asyncep_sgl.experts.sources.chosen import ChosenExperts
 from asyncep_sgl.experts.start import missing_layers, peer_source, start_gather
-from asyncep_sgl.experts.store.messages import CallReport, Done
+from asyncep_sgl.experts.store.messages import CallReport
 from asyncep_sgl.strategies.base import ExpertLayer, RankPlace, RankStrategy, TopK
 from asyncep_sgl.strategies.layer_rows import LayerRows
 
@@ -339,7 +339,7 @@ class CallingRank(RankStrategy):
         if self._book is not None and self._gather is not None:
             counters = self._gather.counters
             self.place.tell_threshold(self._book.threshold())
-            client.ask(self._book.report(counters.digest_failures, counters.peer_losses), Done)
+            client.tell(self._book.report(counters.digest_failures, counters.peer_losses))
         report = CallReport(
             rank=self.place.rank,
             layers=len(self._layers),
@@ -347,4 +347,4 @@ class CallingRank(RankStrategy):
             fetched_rows=self._fetched_rows,
             step_seconds=self._steps,
         )
-        client.ask(report, Done)
+        client.tell(report)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from asyncep_kernels.attention.batch import Batch
-from asyncep_kernels.native.library import library, share
+from asyncep_kernels.native.library import library, needed, share
 
 
 class _CLayer(ctypes.Structure):
@@ -110,9 +110,7 @@ def attention(
     Raises:
         MemoryError: no scratch memory.
     """
-    kernels = library()
-    if kernels is None:
-        raise RuntimeError("the C kernels are not loaded")
+    kernels = needed()
     layer = _CLayer(
         *(each.data_ptr() for each in (q, k_cache, v_cache, out)),
         *(each.stride(0) for each in (q, k_cache, v_cache, out)),

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from asyncep_sgl.experts.store.messages import (
     Allocate,
     Failed,
     Hello,
+    HelpReport,
     Loaded,
     Segment,
     Status,
@@ -167,6 +169,30 @@ def test_a_rank_outside_the_group_is_refused(store: RunningStore) -> None:
 def test_a_silent_store_is_an_error_not_a_hang() -> None:
     with pytest.raises(StoreError, match="is the launcher stopped"):
         StoreClient("ipc://@asyncep-nobody").ask(StatusRequest(), Status, patience=0.2)
+
+
+def test_reports_wait_for_no_launcher_and_the_newest_counts() -> None:
+    """One that is stopped keeps a rank from computing once, for the patience; it has the newest report soon after."""
+    server = StoreServer(1)
+    client = StoreClient(server.address)
+    reports = [HelpReport(rank=0, blocks=number, helped=0, left=0) for number in range(4)]
+    began = time.monotonic()
+    assert client.tell(reports[0], patience=0.3)
+    assert 0.3 <= time.monotonic() - began < 10
+    began = time.monotonic()
+    # With nobody to take it, patience is not asked again.
+    assert not client.tell(reports[1], patience=60)
+    assert not client.tell(reports[2], patience=60)
+    assert time.monotonic() - began < 30
+    deadline = time.monotonic() + 30
+    while not client.tell(reports[3], patience=0):
+        assert time.monotonic() < deadline
+        server.serve_pending()
+    while server.registry.status().help != (reports[3],):
+        assert time.monotonic() < deadline
+        server.serve_pending()
+    client.close()
+    server.close()
 
 
 @pytest.mark.parametrize("make", [StoreClient, ViewClient, lambda _: StoreServer(1)])
